@@ -1,0 +1,96 @@
+"""From settings to network and autoencoder, with every mismatch named before any work."""
+
+import inspect
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.data import Dataset
+
+from ..config import nearest
+from ..errors import UserError
+from ..models import SkipBackbone
+from ..models.presets import FAMILIES, PRESETS
+from .config import DataConfig, ModelConfig
+from .data import encode
+
+__all__ = ["build_model", "check_fit", "load_vae"]
+
+
+def build_model(config: ModelConfig) -> SkipBackbone:
+    """A network with fresh weights.
+
+    Raises:
+        UserError: Its name or an argument is not known, or the sizes do not fit each other.
+    """
+    names = {**{family: (kind, {}) for family, kind in FAMILIES.items()}, **PRESETS}
+    if config.name not in names:
+        raise UserError(f"model.name={config.name!r} is not known: {nearest(config.name, list(names))}")
+    kind, arguments = names[config.name]
+    known = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    for name in config.arguments:
+        if name not in known:
+            raise UserError(f"No setting 'model.arguments.{name}': {nearest(name, known)}")
+    try:
+        return kind(**{**arguments, **config.arguments})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.arguments: {error}") from error
+
+
+def load_vae(path: str) -> AutoencoderKL:
+    """The frozen autoencoder, in float32.
+
+    Raises:
+        UserError: There is none at the path.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"No autoencoder in {path}: train the one of the digits with 'skipdit train-vae output={path}', or set "
+            "vae= to the folder of another."
+        )
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no AutoencoderKL: {str(error).strip().splitlines()[0]}") from error
+    return vae.eval().requires_grad_(False)
+
+
+def check_fit(
+    model: SkipBackbone,
+    vae: AutoencoderKL,
+    dataset: Dataset,
+    class_names: list[str] | None,
+    config: DataConfig,
+) -> None:
+    """See on the first item that data, autoencoder and network go together.
+
+    Raises:
+        UserError: Names the setting that does not fit.
+    """
+    cfg = model.config
+    if cfg.num_classes is not None and class_names is not None and cfg.num_classes != len(class_names):
+        raise UserError(
+            f"model.arguments.num_classes={cfg.num_classes}, but {config.name} has {len(class_names)} classes."
+        )
+    _check_shape(model, vae, dataset, config)
+
+
+def _check_shape(model: SkipBackbone, vae: AutoencoderKL, dataset: Dataset, config: DataConfig) -> None:
+    cfg = model.config
+    latents = encode(vae, dataset[0]["video"][None], config.encode_batch)[0][0]
+    sides = (cfg.sample_size, cfg.sample_size) if isinstance(cfg.sample_size, int) else tuple(cfg.sample_size)
+    wanted = {
+        "in_channels": (latents.shape[0], cfg.in_channels),
+        "sample_size": (tuple(latents.shape[-2:]), sides),
+    }
+    if "num_frames" in cfg:
+        frames = latents.shape[1] if latents.ndim == 4 else 1
+        wanted["num_frames"] = (frames, cfg.num_frames)
+    elif latents.ndim == 4:
+        raise UserError(f"{config.name} gives clips, but the model makes pictures: set model.name=Latte.")
+    for name, (found, expected) in wanted.items():
+        if found != expected:
+            raise UserError(
+                f"model.arguments.{name} is {expected}, but the latents of {config.name} have {found}."
+            )
