@@ -1,6 +1,7 @@
 """DiT with long skips: class-conditional images (Peebles & Xie 2022; Skip-DiT, arXiv 2411.17616)."""
 
 import torch
+from diffusers import ModelMixin  # noqa: F401  saved pipelines name this module; diffusers looks its base class up in it
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 

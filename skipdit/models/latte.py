@@ -1,6 +1,7 @@
 """Latte with long skips: video (Ma et al. 2024, variant 1; Skip-DiT, arXiv 2411.17616)."""
 
 import torch
+from diffusers import ModelMixin  # noqa: F401  saved pipelines name this module; diffusers looks its base class up in it
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 

@@ -1,20 +1,18 @@
 """`skipdit train` and `train.py`: one loop for one process or many, stopped and resumed without a trace."""
 
 import argparse
+import contextlib
 import dataclasses
-import importlib.util
 import math
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -23,11 +21,12 @@ from ..diffusion import training_losses
 from ..errors import UserError
 from ..files import check_writable
 from . import checkpointing, samples
-from .build import build_model, check_fit, load_vae
+from .build import build_accelerator, build_model, check_fit, load_vae, lr_multiplier
 from .config import TrainConfig
 from .data import GlobalOrder, LatentClips, build_data, encode, precompute_latents
 from .noise import draw_noise
 from .progress import Progress
+from .stopping import StopRequest
 
 __all__ = ["Trainer", "add_arguments", "run", "train"]
 
@@ -57,7 +56,7 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         config.check()
         self.config = config
-        self.accelerator = _accelerator(config)
+        self.accelerator = build_accelerator(config)
         self.per_pass = config.per_pass(self.accelerator.num_processes)
         self.output = check_writable(config.folder)
         checkpoint = checkpointing.find_checkpoint(config.resume, self.output)
@@ -74,7 +73,7 @@ class Trainer:
         self.preview_classes = samples.check_preview(config.preview, model, self.class_names)
 
         self.step, self.dropped, self.dropped_in_a_row = 0, 0, 0
-        self.stop_requested = False
+        self.stop = StopRequest()
         self._prepare(model)
         if self.accelerator.is_main_process:
             checkpointing.remove_leftovers(self.output)
@@ -100,7 +99,7 @@ class Trainer:
             weight_decay=cfg.optimizer.weight_decay,
             fused=True,
         )
-        self.lr_multiplier = _lr_multiplier(cfg)
+        self.lr_multiplier = lr_multiplier(cfg)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.names = [name for name, _ in self.module.named_parameters()]
         self.parameters = list(self.module.parameters())
@@ -158,8 +157,8 @@ class Trainer:
         in_memory = isinstance(dataset, LatentClips)
         batches = iter(order.loader(dataset, 0 if in_memory else cfg.data.num_workers))
         self._announce(dataset)
-        with _signals(self), Progress(self) as progress:
-            while self.step < cfg.max_steps and not self.stop_requested:
+        with self.stop, _attention_backend(self.accelerator.device), Progress(self) as progress:
+            while self.step < cfg.max_steps and not self.stop.requested:
                 progress.add(self._step(batches, order))
                 if self.step % cfg.log_every == 0 or self.step == cfg.max_steps:
                     progress.log()
@@ -210,7 +209,7 @@ class Trainer:
                 self.accelerator.backward(losses["loss"].mean())
                 totals[:3] += torch.stack([losses[name].detach().mean() for name in ("loss", "mse", "vb")])
         totals /= cfg.gradient_accumulation_steps
-        totals[3] = float(self.stop_requested)
+        totals[3] = float(self.stop.requested)
         loss, mse, vb, stop = self.accelerator.reduce(totals, "mean").tolist()
         clips = cfg.max_grad_norm and self.step >= cfg.clip_after_step
         norm = float(
@@ -218,7 +217,7 @@ class Trainer:
         )
         applied = self._update(math.isfinite(loss) and math.isfinite(norm))
         self.step += 1
-        self.stop_requested = stop > 0  # of any process, so that all stop after the same step
+        self.stop.requested = stop > 0  # of any process, so that all stop after the same step
         return {"loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": lr, "applied": float(applied)}
 
     def _losses(self, batch: dict[str, torch.Tensor], positions: range) -> dict[str, torch.Tensor]:
@@ -318,61 +317,25 @@ class Trainer:
         self.say(f"Trained {self.step} steps ({self.dropped} dropped). Pipeline: {self.output / 'pipeline'}")
 
 
-class _signals:
-    """While training, SIGTERM and SIGINT ask for a stop after the current step; a second one stops at once."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.previous = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: object) -> None:
-        if self.trainer.stop_requested:
-            raise KeyboardInterrupt
-        self.trainer.stop_requested = True
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    if config.tracker and importlib.util.find_spec(config.tracker) is None:
-        raise UserError(
-            f"tracker={config.tracker} needs the package {config.tracker}: install it or use tracker=null."
-        )
-    try:
-        return Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=config.tracker,
-            project_dir=config.output,
-        )
-    except ValueError as error:
-        raise UserError(f"accelerate: {str(error).splitlines()[0]}") from error
-
-
-def _lr_multiplier(config: TrainConfig):
-    """Learning rate of a step as a share of the base rate: diffusers' schedule as a function."""
-    cfg = config.lr_schedule
-    name = "constant_with_warmup" if cfg.name == "constant" else cfg.name
-    placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.optimizer.lr)
-    try:
-        schedule = get_scheduler(
-            name, placeholder, num_warmup_steps=cfg.warmup_steps, num_training_steps=config.max_steps
-        )
-    except ValueError as error:
-        raise UserError(f"lr_schedule.name={cfg.name!r}: {str(error).splitlines()[0]}.") from error
-    return schedule.lr_lambdas[0]
+def _attention_backend(device: torch.device) -> contextlib.AbstractContextManager:
+    """On a CPU the fused attention's backward is slow for short sequences; plain products are over twice as fast."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `skipdit train`."""
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.epilog = "settings and their defaults:\n" + "\n".join(_describe(TrainConfig()))
+
+
+def _describe(section: object, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _describe(value, f"{prefix}{field.name}.")
+        else:
+            yield f"  {prefix}{field.name}={'null' if value is None else value}"
 
 
 def run(args: argparse.Namespace) -> None:

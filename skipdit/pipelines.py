@@ -1,0 +1,351 @@
+"""Labels in, pictures or clips out: class-conditional pipelines in the diffusers way."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+
+from .models import SkipBackbone
+
+Labels = Sequence[int | str] | torch.Tensor
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class SkipLattePipelineOutput(BaseOutput):
+    """Clips.
+
+    Attributes:
+        frames: "pil": a list of PIL images for each clip; "np": [B, F, H, W, 3] in [0, 1]; "pt": [B, F, 3, H, W] in
+            [0, 1]; "latent": [B, C, F, h, w], scaled as the transformer sees them.
+    """
+
+    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
+
+
+class SkipPipeline(DiffusionPipeline):
+    """Base of both pipelines: noise, the sampling loop with guidance and cache contexts, chunked decoding.
+
+    Args:
+        transformer: A backbone of this package, vanilla or with skips.
+        vae: `AutoencoderKL` or `AutoencoderTiny` with the transformer's latent channels.
+        scheduler: Any diffusers scheduler; `skipdit.make_scheduler` gives the published samplers.
+        class_names: Name of each class, in order; stored with the pipeline, so that labels can be names.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: SkipBackbone,
+        vae: AutoencoderKL | AutoencoderTiny,
+        scheduler: SchedulerMixin,
+        class_names: Sequence[str] | dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        names = list(class_names.values() if isinstance(class_names, dict) else class_names or [])
+        # A mapping, because a list in a pipeline's config is taken for a component.
+        self.register_to_config(class_names={str(index): name for index, name in enumerate(names)} or None)
+        self.class_names = names
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._current_timestep: float | None = None
+
+    @property
+    def current_timestep(self) -> float | None:
+        """Timestep of the running step, for caches that ask for it; None outside a call."""
+        return self._current_timestep
+
+    # ------------------------------------------------------------------ inputs
+
+    def get_label_ids(self, labels: Labels) -> list[int]:
+        """Class indices of names and indices, mixed as you like.
+
+        Raises:
+            ValueError: A name is not known (the nearest one is suggested) or an index is out of range.
+        """
+        num_classes = self.transformer.config.num_classes
+        ids = []
+        for label in labels.tolist() if isinstance(labels, torch.Tensor) else labels:
+            if isinstance(label, str):
+                if label not in self.class_names:
+                    close = get_close_matches(label, self.class_names, n=1)
+                    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(self.class_names[:12])}..."
+                    raise ValueError(f"No class named {label!r}: {hint}")
+                label = self.class_names.index(label)
+            if not 0 <= label < num_classes:
+                raise ValueError(f"Class {label} is out of range: this model has classes 0 to {num_classes - 1}.")
+            ids.append(int(label))
+        return ids
+
+    def _check_labels(self, class_labels: Labels | None, num_samples: int | None) -> torch.Tensor | int:
+        """Class indices [B] on the device, or the number of samples of an unconditional model."""
+        if self.transformer.config.num_classes is None:
+            if class_labels is not None:
+                raise ValueError("This model is unconditional: pass num_samples instead of class_labels.")
+            if num_samples is not None and num_samples < 1:
+                raise ValueError(f"num_samples={num_samples} must be 1 or more.")
+            return num_samples or 1
+        if class_labels is None or not len(class_labels):
+            raise ValueError("This model is class-conditional: pass class_labels, one index or name for each sample.")
+        if num_samples not in (None, len(class_labels)):
+            raise ValueError(f"num_samples={num_samples} contradicts the {len(class_labels)} class_labels.")
+        return torch.tensor(self.get_label_ids(class_labels), device=self._execution_device)
+
+    def _latent_shape(self, batch: int, num_frames: int | None, height: int | None, width: int | None) -> tuple:
+        raise NotImplementedError
+
+    def _latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
+        sample_size = self.transformer.config.sample_size
+        sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        step = self.vae_scale_factor * self.transformer.config.patch_size
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < step or pixels % step):
+                raise ValueError(f"{name}={pixels} must be a multiple of {step} pixels.")
+        return tuple(
+            side if pixels is None else pixels // self.vae_scale_factor
+            for side, pixels in zip(sides, (height, width), strict=True)
+        )
+
+    def _prepare_latents(
+        self, shape: tuple[int, ...], generator: torch.Generator | list | None, latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} samples: pass one for each, or a single one.")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"Expected latents {list(shape)}, got {list(latents.shape)}.")
+        return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
+
+    # ------------------------------------------------------------------ the loop
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        class_labels: Labels | None,
+        num_samples: int | None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        guidance_channels: int | None,
+        output_type: str,
+        callback_on_step_end: Callable | None,
+        size: dict[str, int | None],
+    ) -> torch.Tensor:
+        """Latents of the samples, [B, C, (F,) h, w] in float32, scaled as the transformer sees them."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} is not known: choose one of {', '.join(OUTPUT_TYPES)}.")
+        labels = self._check_labels(class_labels, num_samples)
+        batch = labels if isinstance(labels, int) else len(labels)
+        guided = guidance_scale > 1 and not isinstance(labels, int)
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_class)])
+        # On the host: the loop reads nothing back from the device.
+        self.scheduler.set_timesteps(num_inference_steps)
+        timesteps = self.scheduler.timesteps.tolist()
+        on_device = self.scheduler.timesteps.to(self._execution_device)
+        latents = self._prepare_latents(self._latent_shape(batch, **size), generator, latents)
+        step_inputs = self._step_inputs(generator)
+        self.transformer._reset_stateful_cache()  # an earlier call may have been cut short
+        try:
+            for index, timestep in enumerate(self.progress_bar(timesteps)):
+                self._current_timestep = timestep
+                model_input = self.scheduler.scale_model_input(latents, self.scheduler.timesteps[index])
+                prediction = self._predict(
+                    model_input, on_device[index], labels, guided, guidance_scale, guidance_channels, index, timestep
+                )
+                latents = self.scheduler.step(
+                    prediction, self.scheduler.timesteps[index], latents, **step_inputs, return_dict=False
+                )[0]
+                if callback_on_step_end is not None:
+                    changed = callback_on_step_end(self, index, timestep, {"latents": latents})
+                    latents = (changed or {}).get("latents", latents)
+        finally:
+            self._current_timestep = None
+        return latents
+
+    def _predict(
+        self,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor | int,
+        guided: bool,
+        guidance_scale: float,
+        guidance_channels: int | None,
+        step_index: int,
+        timestep_on_host: float,
+    ) -> torch.Tensor:
+        """One forward; under guidance the conditional and the unconditional branch are one batch."""
+        model_input = torch.cat([model_input, model_input]) if guided else model_input
+        with self.transformer.cache_context("cond_uncond", step_index=step_index, timestep=timestep_on_host):
+            prediction = self.transformer(
+                model_input.to(self.transformer.dtype),
+                timestep.expand(len(model_input)),
+                None if isinstance(labels, int) else labels,
+                return_dict=False,
+            )[0].float()
+        if guided:
+            prediction = guide(prediction, guidance_scale, guidance_channels or self.transformer.config.in_channels)
+        if self._takes_variance():
+            return prediction
+        return prediction[:, : self.transformer.config.in_channels]
+
+    def _takes_variance(self) -> bool:
+        """Whether the scheduler wants the predicted variance beside the noise."""
+        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        if learned and not self.transformer.config.learn_sigma:
+            raise ValueError("This scheduler expects a learned variance, which the model (learn_sigma=False) has not.")
+        return learned
+
+    def _step_inputs(self, generator: torch.Generator | list | None) -> dict[str, Any]:
+        known = inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if "generator" in known else {}
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor, frames_at_once: int) -> torch.Tensor:
+        """Latents [N, C, h, w] -> pictures [N, 3, H, W] in [-1, 1] on the CPU, a few at a time."""
+        if frames_at_once < 1:
+            raise ValueError(f"decode_chunk_size={frames_at_once} must be 1 or more.")
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return torch.cat(
+            [self.vae.decode(chunk, return_dict=False)[0].float().cpu() for chunk in scaled.split(frames_at_once)]
+        )
+
+
+def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022) on the first channels of a batch [cond, uncond].
+
+    The other channels (a learned variance; the published image model's fourth latent channel) keep the conditional
+    value.
+
+    Args:
+        prediction: [2B, 2C or C, ...].
+        channels: How many channels are guided.
+
+    Returns:
+        [B, 2C or C, ...].
+    """
+    cond, uncond = prediction.chunk(2)
+    guided = uncond[:, :channels] + guidance_scale * (cond[:, :channels] - uncond[:, :channels])
+    return torch.cat([guided, cond[:, channels:]], dim=1)
+
+
+class SkipLattePipeline(SkipPipeline):
+    """Class-to-video with `SkipLatteTransformer3DModel`.
+
+    Example:
+        >>> pipe = SkipLattePipeline.from_pretrained("pretrained/digits")
+        >>> pipe.transformer.enable_cache(SkipCacheConfig.parse("N2-900-50"))
+        >>> frames = pipe(class_labels=["three", 7], generator=torch.manual_seed(0)).frames
+    """
+
+    def _latent_shape(self, batch: int, num_frames: int | None, height: int | None, width: int | None) -> tuple:
+        cfg = self.transformer.config
+        return (batch, cfg.in_channels, num_frames or cfg.num_frames, *self._latent_sides(height, width))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        num_samples: int | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_channels: int | None = None,
+        output_type: str = "pil",
+        decode_chunk_size: int = 16,
+        callback_on_step_end: Callable | None = None,
+        return_dict: bool = True,
+    ) -> SkipLattePipelineOutput | tuple:
+        """Sample clips.
+
+        Args:
+            class_labels: An index or name for each clip; None for an unconditional model.
+            num_inference_steps: Sampler steps.
+            guidance_scale: 1 or less: no guidance. Without effect on an unconditional model.
+            generator: One, or one for each clip: then a clip does not depend on what else is in the batch.
+            latents: Start noise [B, C, F, h, w] instead of drawing it.
+            num_samples: Clips of an unconditional model.
+            num_frames, height, width: Size of the clips in frames and pixels; default: the model's own.
+            guidance_channels: Latent channels that guidance acts on; default: all, as published for video.
+            output_type: "pil", "np", "pt" or "latent".
+            decode_chunk_size: Frames that the VAE decodes at once.
+            callback_on_step_end: `f(pipeline, step_index, timestep, {"latents": ...})`, may return new latents.
+            return_dict: False returns a tuple.
+
+        Raises:
+            ValueError: An input does not fit; nothing has been computed then.
+        """
+        size = {"num_frames": num_frames, "height": height, "width": width}
+        latents = self._sample(
+            class_labels, num_samples, num_inference_steps, guidance_scale, generator, latents, guidance_channels,
+            output_type, callback_on_step_end, size,
+        )  # fmt: skip
+        frames = latents
+        if output_type != "latent":
+            pictures = self._decode(latents.transpose(1, 2).flatten(0, 1), decode_chunk_size)
+            video = pictures.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
+            frames = self.video_processor.postprocess_video(video, output_type)
+        self.maybe_free_model_hooks()
+        return SkipLattePipelineOutput(frames=frames) if return_dict else (frames,)
+
+
+class SkipDiTPipeline(SkipPipeline):
+    """Class-to-image with `SkipDiTTransformer2DModel`."""
+
+    def _latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple:
+        return (batch, self.transformer.config.in_channels, *self._latent_sides(height, width))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        num_samples: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_channels: int | None = 3,
+        output_type: str = "pil",
+        decode_chunk_size: int = 16,
+        callback_on_step_end: Callable | None = None,
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample pictures: as `SkipLattePipeline.__call__`, without frames.
+
+        Args:
+            guidance_channels: Latent channels that guidance acts on; the published image model guides the first 3 of
+                its 4. None: all.
+
+        Returns:
+            `.images`: "pil": a list; "np": [B, H, W, 3] in [0, 1]; "pt": [B, 3, H, W] in [0, 1]; "latent":
+            [B, C, h, w].
+        """
+        latents = self._sample(
+            class_labels, num_samples, num_inference_steps, guidance_scale, generator, latents, guidance_channels,
+            output_type, callback_on_step_end, {"height": height, "width": width},
+        )  # fmt: skip
+        images = latents
+        if output_type != "latent":
+            images = self.video_processor.postprocess(self._decode(latents, decode_chunk_size), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
