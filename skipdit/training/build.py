@@ -1,20 +1,24 @@
-"""From settings to network and autoencoder, with every mismatch named before any work."""
+"""From settings to the parts of a run, with every mismatch named before any work."""
 
+import importlib.util
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
 from torch.utils.data import Dataset
 
 from ..config import nearest
 from ..errors import UserError
 from ..models import SkipBackbone
 from ..models.presets import FAMILIES, PRESETS
-from .config import DataConfig, ModelConfig
+from .config import DataConfig, ModelConfig, TrainConfig
 from .data import encode
 
-__all__ = ["build_model", "check_fit", "load_vae"]
+__all__ = ["build_accelerator", "build_model", "check_fit", "load_vae", "lr_multiplier"]
 
 
 def build_model(config: ModelConfig) -> SkipBackbone:
@@ -94,3 +98,38 @@ def _check_shape(model: SkipBackbone, vae: AutoencoderKL, dataset: Dataset, conf
             raise UserError(
                 f"model.arguments.{name} is {expected}, but the latents of {config.name} have {found}."
             )
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's view of the processes and devices that it was launched on.
+
+    Raises:
+        UserError: This machine cannot do what the config asks for.
+    """
+    if config.tracker and importlib.util.find_spec(config.tracker) is None:
+        raise UserError(
+            f"tracker={config.tracker} needs the package {config.tracker}: install it or use tracker=null."
+        )
+    try:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=config.tracker,
+            project_dir=config.output,
+        )
+    except ValueError as error:
+        raise UserError(f"accelerate: {str(error).splitlines()[0]}") from error
+
+
+def lr_multiplier(config: TrainConfig) -> Callable[[int], float]:
+    """Learning rate of a step as a share of the base rate: diffusers' schedule as a function."""
+    cfg = config.lr_schedule
+    name = "constant_with_warmup" if cfg.name == "constant" else cfg.name
+    placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.optimizer.lr)
+    try:
+        schedule = get_scheduler(
+            name, placeholder, num_warmup_steps=cfg.warmup_steps, num_training_steps=config.max_steps
+        )
+    except ValueError as error:
+        raise UserError(f"lr_schedule.name={cfg.name!r}: {str(error).splitlines()[0]}.") from error
+    return schedule.lr_lambdas[0]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..errors import UserError
 from .config import TrainConfig
 
@@ -59,7 +61,7 @@ def find_checkpoint(resume: str | None, output: Path) -> Path | None:
         resume: "latest" (a new run where there is none yet), a path, or None.
 
     Raises:
-        UserError: The path is no checkpoint; or a new run would mix with the checkpoints of an older one.
+        UserError: The path is no checkpoint, or the run would mix with other checkpoints in its output.
     """
     if resume is None:
         if existing := list_checkpoints(output):
@@ -75,6 +77,12 @@ def find_checkpoint(resume: str | None, output: Path) -> Path | None:
     if not (folder / STATE_FILE).is_file():
         raise UserError(
             f"resume={resume} is no complete checkpoint: give a folder such as {checkpoint_folder(output, 500)}."
+        )
+    newer = [step for step, other in list_checkpoints(output) if other.name > folder.name]
+    if newer and folder.resolve().parent == (output / "checkpoints").resolve():
+        raise UserError(
+            f"{output} holds newer checkpoints than {folder.name} (up to step {newer[-1]}): remove those, or choose "
+            "another output."
         )
     return folder
 
@@ -112,11 +120,12 @@ def write_checkpoint(
             )
             _flush(partial)
             if folder.exists():  # saved at this step before
-                shutil.rmtree(folder)
+                folder.rename(folder.with_name(f".{folder.name}.replaced.partial"))
             partial.rename(folder)
             _flush_entry(folder.parent)
+            remove_leftovers(folder.parent.parent)
         wait()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = str(error).strip().split("\n")[0]
         raise UserError(

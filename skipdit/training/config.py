@@ -128,6 +128,7 @@ class TrainConfig:
         _at_least(0, "lr_schedule.warmup_steps", self.lr_schedule.warmup_steps)
         _at_least(0, "preview.every", self.preview.every)
         _at_least(1, "preview.steps", self.preview.steps)
+        _at_least(1, "preview.num_samples", self.preview.num_samples)
         if not self.optimizer.lr > 0:
             raise UserError(f"optimizer.lr must be above 0, not {self.optimizer.lr}.")
         if len(self.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in self.optimizer.betas):

@@ -11,6 +11,7 @@ from ..cache import SkipCacheConfig
 from ..errors import UserError
 from ..files import written_whole
 from ..models import SkipBackbone, SkipLatteTransformer3DModel
+from ..pipelines import SkipDiTPipeline, SkipLattePipeline
 from ..schedulers import make_scheduler
 from .config import PreviewConfig
 
@@ -65,8 +66,6 @@ def make_pipeline(
     model: SkipBackbone, vae: AutoencoderKL, class_names: list[str] | None, sampler: str = "ddim"
 ):
     """The pipeline class that goes with the backbone, set up with a sampler by name."""
-    from ..pipelines import SkipDiTPipeline, SkipLattePipeline
-
     kind = SkipLattePipeline if isinstance(model, SkipLatteTransformer3DModel) else SkipDiTPipeline
     return kind(transformer=model, vae=vae, scheduler=make_scheduler(sampler), class_names=class_names)
 
@@ -123,6 +122,8 @@ def export_pipeline(
 ) -> None:
     """Save a pipeline that samples with DDIM, in the given dtype. `model` is converted in place, `vae` copied."""
     kind = getattr(torch, dtype)
-    pipeline = make_pipeline(model.to(kind), copy.deepcopy(vae).to(kind), class_names)
+    # nn.Module.to, because that of diffusers warns of modules kept in float32, of which there are none.
+    parts = [torch.nn.Module.to(module, kind) for module in (model, copy.deepcopy(vae))]
+    pipeline = make_pipeline(*parts, class_names)
     with written_whole(folder) as temporary:
         pipeline.save_pretrained(temporary)

@@ -1,0 +1,393 @@
+"""Whole training runs at toy size: they resume without a trace, and nothing beside the training alters it."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from skipdit.config import load_config
+from skipdit.errors import UserError
+from skipdit.pipelines import SkipLattePipeline
+from skipdit.training import checkpointing
+from skipdit.training.config import TrainConfig
+from skipdit.training.loop import Trainer
+from skipdit.training.noise import draw_noise
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_fresh_accelerator():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """A tiny autoencoder with random weights: 16x16 pixels to 4x8x8 latents."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def words(vae, tmp_path):
+    """Settings of a toy run; called with further ones."""
+
+    def build(output: str, *more: str) -> list[str]:
+        base = {
+            "vae": vae,
+            "output": tmp_path / output,
+            "model.arguments": "{sample_size: 8, patch_size: 2, hidden_size: 32, depth: 4, num_heads: 2, "
+            "num_frames: 4, num_classes: 10}",
+            "data.arguments": "{num_frames: 4, size: 16, length: 10}",
+            "data.precompute_latents": "true",
+            "data.num_workers": 0,
+            "lr_schedule.name": "cosine",
+            "lr_schedule.warmup_steps": 2,
+            "optimizer.lr": 1e-3,
+            "max_steps": STEPS,
+            "batch_size": 4,
+            "log_every": 1,
+            "keep_last": 0,
+            "preview.every": 0,
+            "preview.steps": 2,
+        }
+        return [f"{key}={value}" for key, value in base.items()] + list(more)
+
+    return build
+
+
+@pytest.fixture
+def trainer(words):
+    def build(output: str, *more: str) -> Trainer:
+        return Trainer(load_config(TrainConfig, None, words(output, *more)))
+
+    return build
+
+
+def final(output: Path) -> Path:
+    return checkpointing.list_checkpoints(output)[-1][1]
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, average and optimizer, bit for bit."""
+    assert one.name == other.name
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = load_file(one / name), load_file(other / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    ours, theirs = (torch.load(folder / "optimizer.bin", weights_only=True) for folder in (one, other))
+    assert ours["param_groups"] == theirs["param_groups"]
+    for index, moments in ours["state"].items():
+        assert all(torch.equal(moments[key], theirs["state"][index][key]) for key in moments)
+
+
+def assert_close_state(one: Path, other: Path, tolerance: float) -> None:
+    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < tolerance
+
+
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- stopping and resuming
+
+
+def test_resumed_equals_uninterrupted(trainer, tmp_path):
+    trainer("whole", "save_every=1").fit()
+    whole = final(tmp_path / "whole")
+    assert whole.name == f"step-{STEPS:07d}"
+    for stop in (1, 3, STEPS - 1):
+        start = checkpointing.checkpoint_folder(tmp_path / "whole", stop)
+        again = trainer(f"from{stop}", f"resume={start}", "save_every=100", "preview.every=2")
+        assert again.step == stop
+        torch.manual_seed(stop)  # the global random state plays no part
+        again.fit()
+        assert_same_state(final(tmp_path / f"from{stop}"), whole)
+
+
+def launch(words: list[str], **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "train.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_and_asked_to_stop_runs_resume(trainer, words, tmp_path):
+    long = ("max_steps=120", "save_every=10", "lr_schedule.name=constant")
+    trainer("whole", *long).fit()
+    output = tmp_path / "stopped"
+    config = tmp_path / "train.yaml"  # an empty file: all settings on the command line
+    config.write_text("")
+
+    process = launch(["--config", str(config), *words("stopped", *long)])
+    wait_for(lambda: len(checkpointing.list_checkpoints(output)) >= 2, process)
+    process.kill()
+    process.wait()
+    reached = checkpointing.list_checkpoints(output)[-1][0]
+    assert 20 <= reached < 120
+
+    process = launch(["--config", str(config), *words("stopped", *long, "resume=latest")])
+    wait_for(lambda: log_of(output)[-1]["step"] > reached + 12, process)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=30)
+    stopped = checkpointing.list_checkpoints(output)[-1][0]
+    assert process.returncode == 0, text
+    assert f"Stopped after step {stopped}" in text and "resume=latest" in text
+    assert reached + 12 < stopped < 120
+
+    trainer("stopped", *long, "resume=latest").fit()
+    assert_same_state(final(output), final(tmp_path / "whole"))
+    assert [entry["step"] for entry in log_of(output)] == list(range(1, 121))
+    ours, theirs = log_of(output), log_of(tmp_path / "whole")
+    assert all(a["loss"] == b["loss"] and a["lr"] == b["lr"] for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(trainer, tmp_path):
+    trainer("full", "max_steps=1").fit()
+    run = trainer("full", "max_steps=2", "resume=latest")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # a checkpoint's files are larger
+    try:
+        with pytest.raises(UserError, match="could not be written .* older ones are intact"):
+            run.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-0000001"]
+    assert trainer("full", "max_steps=2", "resume=latest").step == 1
+
+
+def test_resume_refuses_another_model(trainer):
+    trainer("run").fit()
+    with pytest.raises(UserError, match="belongs to another run .model.arguments.depth was 4 and is 8"):
+        trainer("run", "resume=latest", "model.arguments.depth=8")
+
+
+# ---------------------------------------------------------------------- what does not alter the training
+
+
+def test_previews_and_saves_do_not_alter_the_training(trainer, tmp_path):
+    trainer("quiet").fit()
+    trainer("busy", "preview.every=1", "save_every=2", "log_every=5", "preview.cache=N2-900-50", "tracker=tensorboard",
+            "model.arguments.depth=8").fit()  # fmt: skip
+    trainer("deep", "model.arguments.depth=8").fit()
+    assert_same_state(final(tmp_path / "busy"), final(tmp_path / "deep"))
+    assert len(list((tmp_path / "busy" / "samples").glob("*.gif"))) == STEPS
+    assert list((tmp_path / "busy").rglob("events.out.tfevents.*"))
+
+
+def test_accumulated_passes_give_the_same_weights(trainer, tmp_path):
+    for passes in (1, 2, 4):
+        trainer(f"passes{passes}", f"gradient_accumulation_steps={passes}").fit()
+    for passes in (2, 4):
+        assert_close_state(final(tmp_path / f"passes{passes}"), final(tmp_path / "passes1"), 1e-5)
+
+
+def test_workers_and_encoding_ahead_give_the_same_weights(trainer, tmp_path):
+    trainer("ahead").fit()
+    trainer("workers0", "data.precompute_latents=false").fit()
+    trainer("workers2", "data.precompute_latents=false", "data.num_workers=2").fit()
+    assert_same_state(final(tmp_path / "workers2"), final(tmp_path / "workers0"))
+    assert_close_state(final(tmp_path / "ahead"), final(tmp_path / "workers0"), 1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(trainer, tmp_path):
+    trainer("plain").fit()
+    trainer("checkpointed", "gradient_checkpointing=true").fit()
+    assert_close_state(final(tmp_path / "checkpointed"), final(tmp_path / "plain"), 1e-5)
+
+
+def test_two_processes_equal_one(trainer, words, tmp_path):
+    trainer("one").fit()
+    config = tmp_path / "train.yaml"
+    config.write_text("")
+    # accelerate's --cpu starts one process, whatever their number (without MPI); its environment variable does not.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [
+            *launcher,
+            "--main_process_port",
+            "0",
+            "train.py",
+            "--config",
+            str(config),
+            *words("two", "save_every=3"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es), 2 items a pass" in done.stdout
+    assert_close_state(final(tmp_path / "two"), final(tmp_path / "one"), 1e-5)
+    losses = [[entry["loss"] for entry in log_of(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    halfway = checkpointing.checkpoint_folder(tmp_path / "two", 3)
+    trainer("three", f"resume={halfway}").fit()  # on another number of processes
+    assert_close_state(final(tmp_path / "three"), final(tmp_path / "one"), 1e-5)
+
+
+# ---------------------------------------------------------------------- the training itself
+
+
+def test_loss_goes_down_on_a_fixed_batch(trainer, tmp_path):
+    trainer(
+        "fixed", "data.arguments.length=4", "max_steps=100", "optimizer.lr=3e-3", "mixed_precision=bf16"
+    ).fit()
+    losses = [entry["mse"] for entry in log_of(tmp_path / "fixed")]
+    assert sum(losses[:5]) / 5 > 0.95
+    assert sum(losses[-20:]) / 20 < 0.6
+
+
+def test_labels_are_dropped_as_the_noise_says(trainer):
+    run = trainer("labels", "model.arguments.class_dropout_prob=0.5", "batch_size=10", "max_steps=2")
+    seen = []
+    run.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1:3]))
+    run.fit()
+    assert len(seen) == 2
+    for step, (timestep, labels) in enumerate(seen):
+        drawn = draw_noise(run.config.seed, step, range(10), (4, 4, 8, 8))
+        assert torch.equal(timestep, drawn.timestep)
+        assert torch.equal(labels == 10, drawn.dropout < 0.5)
+        assert 0 < (labels == 10).sum() < 10
+
+
+def test_clipping_bounds_the_step_and_waits_its_turn(trainer, tmp_path):
+    trainer("free", "max_grad_norm=0", "max_steps=2").fit()
+    trainer("late", "max_grad_norm=1e-3", "clip_after_step=2", "max_steps=2").fit()
+    trainer("clipped", "max_grad_norm=1e-3", "max_steps=2").fit()
+    assert_same_state(final(tmp_path / "late"), final(tmp_path / "free"))
+    [entry, *_] = log_of(tmp_path / "clipped")
+    assert entry["grad_norm"] > 1e-2  # as it was before clipping
+    moments = [
+        torch.load(final(tmp_path / name) / "optimizer.bin", weights_only=True)["state"]
+        for name in ("free", "clipped")
+    ]
+    sizes = [math.sqrt(sum(float(m["exp_avg"].square().sum()) for m in state.values())) for state in moments]
+    assert sizes[1] < 0.2e-3 < sizes[0]  # the first moment is at most (1 - 0.9 ** 2) of the bound
+
+
+def test_a_non_finite_step_is_dropped_and_counted(trainer, tmp_path):
+    run = trainer("bad", "max_steps=4", "save_every=1")
+    poison = run.parameters[0].register_hook(lambda grad: grad * math.nan if run.step == 2 else grad)
+    run.fit()
+    poison.remove()
+    two, three, four = (checkpointing.checkpoint_folder(tmp_path / "bad", step) for step in (2, 3, 4))
+    for name in ("model.safetensors", "ema.safetensors"):
+        before, after, later = (load_file(folder / name) for folder in (two, three, four))
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert any(not torch.equal(after[key], later[key]) for key in after)
+    assert [entry["dropped_steps"] for entry in log_of(tmp_path / "bad")] == [0, 0, 1, 1]
+    assert checkpointing.read_trainer_state(four)["dropped_steps"] == 1
+
+
+def test_too_many_bad_steps_stop_the_run(trainer, tmp_path):
+    run = trainer("bad", "save_every=2", "max_dropped_steps=3", "max_steps=20")
+    run.parameters[0].register_hook(lambda grad: grad * math.inf if run.step >= 2 else grad)
+    with pytest.raises(UserError, match="3 steps in a row"):
+        run.fit()
+    assert run.step == 4
+
+
+def test_average_follows_its_decay(trainer):
+    run = trainer("ema", "ema.decay=0.5", "ema.warmup_power=0.75", "max_steps=5")
+    expected = [parameter.detach().clone() for parameter in run.parameters]
+    step, updates = run.ema.step, []
+
+    def follow(parameters):
+        decay = 0 if not updates else min(0.5, 1 - (1 + len(updates)) ** -0.75)  # the first update copies
+        updates.append(decay)
+        for average, parameter in zip(expected, run.parameters, strict=True):
+            average.lerp_(parameter.detach(), 1 - decay)
+        step(parameters)
+
+    run.ema.step = follow
+    run.fit()
+    assert len(updates) == 5 and updates[-1] == 0.5
+    for average, other in zip(expected, run.ema.shadow_params, strict=True):
+        torch.testing.assert_close(other, average, atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------- what it hands over
+
+
+def test_exported_pipeline_has_the_average_and_samples(trainer, tmp_path):
+    trainer("run").fit()
+    pipeline = SkipLattePipeline.from_pretrained(tmp_path / "run" / "pipeline", dtype=torch.float16)
+    averaged = load_file(final(tmp_path / "run") / "ema.safetensors")
+    weights = pipeline.transformer.state_dict()
+    assert all(torch.equal(weights[name], value.half()) for name, value in averaged.items())
+    assert pipeline.class_names[3] == "three" and pipeline.vae.dtype == torch.float16
+    pipeline.to(torch.float32).set_progress_bar_config(disable=True)
+    clips = pipeline(class_labels=["three"], num_inference_steps=2, output_type="np").frames
+    assert clips.shape == (1, 4, 16, 16, 3)
+
+
+def test_unconditional_training(trainer, tmp_path):
+    trainer(
+        "run", "model.arguments.num_classes=null", "preview.every=3", "preview.num_samples=2", "max_steps=3"
+    ).fit()
+    pipeline = SkipLattePipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.transformer.null_class is None
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("preview.classes=[eleven]", "no class 'eleven'; choose 0..9 or one of zero"),
+        ("preview.classes=[10]", "no class 10"),
+        ("preview.cache=N2", "preview: "),
+        ("preview.sampler=euler", "preview: No sampler 'euler'"),
+        ("batch_size=3 gradient_accumulation_steps=2", "does not divide"),
+        ("model.arguments.num_classes=11", "num_classes=11, but digits has 10 classes"),
+        ("model.arguments.num_frames=8", "num_frames is 8, but the latents of digits have 4"),
+        ("model.arguments.sample_size=16", "sample_size is (16, 16), but the latents of digits have (8, 8)"),
+        ("model.arguments.in_channels=3", "in_channels is 3, but the latents of digits have 4"),
+        ("output=/proc/nowhere", "Cannot write to /proc/nowhere"),
+        ("resume=nowhere", "resume=nowhere is no complete checkpoint"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(trainer, word, message):
+    with pytest.raises(UserError) as raised:
+        trainer("run", *word.split())
+    assert message in str(raised.value)
