@@ -206,11 +206,11 @@ def test_resume_refuses_another_model(trainer):
 
 
 def test_previews_and_saves_do_not_alter_the_training(trainer, tmp_path):
-    trainer("quiet").fit()
-    trainer("busy", "preview.every=1", "save_every=2", "log_every=5", "preview.cache=N2-900-50", "tracker=tensorboard",
-            "model.arguments.depth=8").fit()  # fmt: skip
-    trainer("deep", "model.arguments.depth=8").fit()
-    assert_same_state(final(tmp_path / "busy"), final(tmp_path / "deep"))
+    deep = "model.arguments.depth=8"  # of which a reused step can leave out some
+    trainer("quiet", deep).fit()
+    pictures = ("preview.every=1", "preview.cache=N2-900-50", "tracker=tensorboard")
+    trainer("busy", deep, "save_every=2", "log_every=5", *pictures).fit()
+    assert_same_state(final(tmp_path / "busy"), final(tmp_path / "quiet"))
     assert len(list((tmp_path / "busy" / "samples").glob("*.gif"))) == STEPS
     assert list((tmp_path / "busy").rglob("events.out.tfevents.*"))
 
@@ -240,7 +240,7 @@ def test_two_processes_equal_one(trainer, words, tmp_path):
     trainer("one").fit()
     config = tmp_path / "train.yaml"
     config.write_text("")
-    # accelerate's --cpu starts one process, whatever their number (without MPI); its environment variable does not.
+    # Without MPI, accelerate's --cpu starts a single process; its environment variable has no such effect.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
         [

@@ -50,8 +50,8 @@ def load_vae(path: str) -> AutoencoderKL:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"No autoencoder in {path}: train the one of the digits with 'skipdit train-vae output={path}', or set "
-            "vae= to the folder of another."
+            f"No autoencoder in {path}: train the one of the digits with 'skipdit train-vae output={path}', "
+            "or set vae= to the folder of another."
         )
     try:
         vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
@@ -75,7 +75,8 @@ def check_fit(
     cfg = model.config
     if cfg.num_classes is not None and class_names is not None and cfg.num_classes != len(class_names):
         raise UserError(
-            f"model.arguments.num_classes={cfg.num_classes}, but {config.name} has {len(class_names)} classes."
+            f"model.arguments.num_classes={cfg.num_classes}, but {config.name} has {len(class_names)} "
+            "classes."
         )
     _check_shape(model, vae, dataset, config)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written whole, pruned, found again, compared with the config that resumes them."""
+"""Checkpoints of a run: written whole, pruned, found again, compared with the config that resumes them."""
 
 import dataclasses
 import json
@@ -34,8 +34,9 @@ _NAME = re.compile(r"step-(\d{7,})")
 FIXED = ("model", "data.name", "data.arguments", "vae", "batch_size", "seed")
 # These neither change what is learnt nor need a word about it.
 FREE = (
-    "resume output log_every save_every keep_last export_dtype tracker preview data.num_workers data.encode_batch "
-    "data.precompute_latents compile gradient_checkpointing gradient_accumulation_steps max_dropped_steps"
+    "resume output log_every save_every keep_last export_dtype tracker preview max_dropped_steps "
+    "data.num_workers data.encode_batch data.precompute_latents "
+    "compile gradient_checkpointing gradient_accumulation_steps"
 ).split()
 
 
@@ -45,7 +46,7 @@ def checkpoint_folder(output: Path, step: int) -> Path:
 
 
 def list_checkpoints(output: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete checkpoint, oldest first; what an interrupted write left is no checkpoint."""
+    """(step, folder) of every complete checkpoint, oldest first; what an interrupted write left is none."""
     found = []
     for folder in (output / "checkpoints").glob("step-*"):
         match = _NAME.fullmatch(folder.name)
@@ -66,8 +67,8 @@ def find_checkpoint(resume: str | None, output: Path) -> Path | None:
     if resume is None:
         if existing := list_checkpoints(output):
             raise UserError(
-                f"{output} already holds checkpoints up to step {existing[-1][0]}: continue them with resume=latest, "
-                "or choose another output."
+                f"{output} already holds checkpoints up to step {existing[-1][0]}: continue them with "
+                "resume=latest, or choose another output."
             )
         return None
     if resume == "latest":
@@ -75,14 +76,13 @@ def find_checkpoint(resume: str | None, output: Path) -> Path | None:
         return existing[-1][1] if existing else None
     folder = Path(resume)
     if not (folder / STATE_FILE).is_file():
-        raise UserError(
-            f"resume={resume} is no complete checkpoint: give a folder such as {checkpoint_folder(output, 500)}."
-        )
+        example = checkpoint_folder(output, 500)
+        raise UserError(f"resume={resume} is no complete checkpoint: give a folder such as {example}.")
     newer = [step for step, other in list_checkpoints(output) if other.name > folder.name]
     if newer and folder.resolve().parent == (output / "checkpoints").resolve():
         raise UserError(
-            f"{output} holds newer checkpoints than {folder.name} (up to step {newer[-1]}): remove those, or choose "
-            "another output."
+            f"{output} holds newer checkpoints than {folder.name} (up to step {newer[-1]}): remove those, "
+            "or choose another output."
         )
     return folder
 
@@ -129,8 +129,8 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"The checkpoint {folder} could not be written ({reason}): older ones are intact; make room, then start "
-            "again with resume=latest."
+            f"The checkpoint {folder} could not be written ({reason}): older ones are intact; make room, "
+            "then start again with resume=latest."
         ) from error
 
 

@@ -149,7 +149,8 @@ class TrainConfig:
         if self.batch_size % passes:
             raise UserError(
                 f"batch_size={self.batch_size} does not divide by {processes} process(es) times "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: choose a multiple of {passes}."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: choose a multiple of "
+                f"{passes}."
             )
         return self.batch_size // passes
 

@@ -22,7 +22,13 @@ __all__ = ["DATA_SETS", "DataSet", "GlobalOrder", "LatentClips", "build_data", "
 
 @dataclass(frozen=True)
 class DataSet:
-    """A kind of data set; `build(**data.arguments)` gives items {"video": [T, 3, H, W] in [-1, 1], "class_label"}."""
+    """A kind of data set.
+
+    Attributes:
+        build: Takes `data.arguments`; items are {"video", "class_label"}, the video [T, 3, H, W]
+            (a picture: [3, H, W]) in [-1, 1].
+        class_names: In order; None for a set without classes.
+    """
 
     build: Callable[..., Dataset]
     class_names: Sequence[str] | None
@@ -56,8 +62,8 @@ def build_data(config: DataConfig) -> tuple[Dataset, list[str] | None]:
 class GlobalOrder:
     """Batch sampler of one process: which items make up each forward pass, from step `start` on.
 
-    The global stream runs through a new permutation of the set in each epoch, a function of (seed, epoch). Step s
-    takes the places s * batch_size ... of the stream; process r in pass m takes a run of consecutive ones.
+    The global stream runs through a new permutation of the set in each epoch, a function of (seed, epoch).
+    Step s takes the places from s * batch_size on, each process in each pass a run of consecutive ones.
 
     Args:
         length: Items of the set.
@@ -117,7 +123,7 @@ class GlobalOrder:
 
 
 class LatentClips(Dataset):
-    """Latents in memory: posterior mean and standard deviation [N, C, (F,) h, w], unscaled, and labels [N]."""
+    """Latents in memory: unscaled mean and standard deviation [N, C, (F,) h, w], and labels [N]."""
 
     def __init__(self, mean: torch.Tensor, std: torch.Tensor, class_labels: torch.Tensor):
         self.mean, self.std, self.class_labels = mean, std, class_labels
@@ -131,10 +137,10 @@ class LatentClips(Dataset):
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, video: torch.Tensor, frames_at_once: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior of clips [B, T, 3, H, W] or pictures [B, 3, H, W] in [-1, 1], in float32 and in chunks of frames.
+    """Posterior of clips [B, T, 3, H, W] or pictures [B, 3, H, W] in [-1, 1], some frames at a time.
 
     Returns:
-        Mean and standard deviation, unscaled, each [B, C, T, h, w] or [B, C, h, w].
+        Mean and standard deviation, unscaled, float32, each [B, C, T, h, w] or [B, C, h, w].
     """
     frames = video.flatten(0, 1) if video.ndim == 5 else video
     parts = [
@@ -149,7 +155,7 @@ def encode(vae: AutoencoderKL, video: torch.Tensor, frames_at_once: int) -> tupl
 def precompute_latents(
     accelerator: Accelerator, vae: AutoencoderKL, dataset: Dataset, config: DataConfig
 ) -> LatentClips:
-    """Encode the whole set; the processes share the work, and what a clip becomes does not depend on how many."""
+    """Encode the whole set; the processes share the work, their number does not alter the latents."""
     video = dataset[0]["video"]
     clips = max(1, config.encode_batch // (len(video) if video.ndim == 4 else 1))
     chunks = [range(first, min(first + clips, len(dataset))) for first in range(0, len(dataset), clips)]

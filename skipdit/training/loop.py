@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -49,8 +50,10 @@ def train(config: TrainConfig) -> Path:
 
 
 class Trainer:
-    """Everything a run holds. Its state is the step number, the weights, their average and the optimizer's moments:
-    all else (order, noise, learning rate) is a function of the config and the step.
+    """Everything a run holds.
+
+    Its state is the step number, the weights, their average and the optimizer's moments: all else (order,
+    noise, learning rate) is a function of the config and the step.
     """
 
     def __init__(self, config: TrainConfig):
@@ -170,9 +173,8 @@ class Trainer:
                 progress.resume_clock()
         if self.step < cfg.max_steps:
             folder = self._save()
-            self.say(
-                f"Stopped after step {self.step}; saved {folder}. Continue with the same command and resume=latest."
-            )
+            self.say(f"Stopped after step {self.step}; saved {folder}.")
+            self.say("Continue with the same command and resume=latest.")
             return
         self._save()
         self._finish()
@@ -185,18 +187,19 @@ class Trainer:
 
     def _announce(self, dataset: Dataset) -> None:
         parameters = sum(parameter.numel() for parameter in self.parameters)
+        precision = self.accelerator.mixed_precision
         self.say(
             f"Training {type(self.module).__name__} ({parameters:,} parameters) on {len(dataset)} items, "
             f"{self.accelerator.num_processes} process(es), {self.per_pass} items a pass, "
             f"steps {self.step + 1} to {self.config.max_steps}; {self.accelerator.device}, "
-            f"{self.accelerator.mixed_precision} precision. Output: {self.output}"
+            f"{'float32' if precision == 'no' else precision}. Output: {self.output}"
         )
 
     def _step(self, batches: Iterator[dict[str, torch.Tensor]], order: GlobalOrder) -> dict[str, float]:
         """One optimizer step on the next global batch.
 
         Returns:
-            Global means of "loss", "mse", "vb"; "grad_norm" before clipping, "lr", and "applied": 0 if dropped.
+            Global means of "loss", "mse", "vb"; "grad_norm" before clipping; "lr"; "applied", 0 if dropped.
         """
         cfg = self.config
         lr = cfg.optimizer.lr * self.lr_multiplier(self.step)
@@ -252,8 +255,8 @@ class Trainer:
         self.say(f"Step {self.step + 1} dropped: its loss or gradient is not finite ({self.dropped} so far).")
         if self.dropped_in_a_row >= self.config.max_dropped_steps:
             raise UserError(
-                f"{self.dropped_in_a_row} steps in a row gave no finite loss and gradient: lower optimizer.lr or use "
-                "mixed_precision=bf16, then resume from the last checkpoint."
+                f"{self.dropped_in_a_row} steps in a row gave no finite loss and gradient: lower "
+                "optimizer.lr or use mixed_precision=bf16, then resume from the last checkpoint."
             )
         return False
 
@@ -318,7 +321,7 @@ class Trainer:
 
 
 def _attention_backend(device: torch.device) -> contextlib.AbstractContextManager:
-    """On a CPU the fused attention's backward is slow for short sequences; plain products are over twice as fast."""
+    """On a CPU, plain products: the fused attention's backward takes twice as long on short sequences."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
@@ -335,7 +338,8 @@ def _describe(section: object, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from _describe(value, f"{prefix}{field.name}.")
         else:
-            yield f"  {prefix}{field.name}={'null' if value is None else value}"
+            text = json.dumps(value) if isinstance(value, bool | None) else value  # as YAML has it
+            yield f"  {prefix}{field.name}={text}"
 
 
 def run(args: argparse.Namespace) -> None:

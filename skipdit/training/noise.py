@@ -1,7 +1,7 @@
 """Randomness of a training step: a function of (seed, step, place in the global batch) and nothing else.
 
-So it is the same for any number of processes, workers and accumulated passes, and after a resume; and whatever else
-draws random numbers (a preview, a new log line) cannot disturb it.
+So it is the same for any number of processes, workers and accumulated passes, and after a resume; and
+whatever else draws random numbers (a preview, say) cannot disturb it.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ class StepNoise(NamedTuple):
 
     Attributes:
         timestep: [B], integers 0..999, uniform.
-        dropout: [B], uniform in [0, 1): below the model's `class_dropout_prob` the label becomes the null class.
+        dropout: [B], uniform in [0, 1): below the model's `class_dropout_prob`, the null class is the label.
         noise: Standard normal [B, ...], of the latents' shape: what the diffusion adds.
         posterior: Likewise: picks the latents from the autoencoder's posterior.
     """

@@ -17,7 +17,7 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Averages over the steps since the last line. The clock counts training steps only, not saving or sampling."""
+    """Averages over the steps since the last line; its clock leaves out saving and sampling."""
 
     def __init__(self, trainer: "Trainer"):
         self.trainer = trainer
@@ -81,7 +81,8 @@ class Progress:
             "dropped_steps": trainer.dropped,
         }
         trainer.say(
-            f"step {trainer.step}/{trainer.config.max_steps}  loss {means['loss']:.4f}  mse {means['mse']:.4f}  "
+            f"step {trainer.step}/{trainer.config.max_steps}  "
+            f"loss {means['loss']:.4f}  mse {means['mse']:.4f}  "
             f"vb {means['vb']:.4f}  grad {means['grad_norm']:.3f}  lr {self.last_lr:.2e}  "
             f"{clips_per_second:.1f} clips/s  {timedelta(seconds=round(left))} left"
         )

@@ -120,7 +120,7 @@ def _grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
 def export_pipeline(
     model: SkipBackbone, vae: AutoencoderKL, class_names: list[str] | None, dtype: str, folder: Path
 ) -> None:
-    """Save a pipeline that samples with DDIM, in the given dtype. `model` is converted in place, `vae` copied."""
+    """Save a pipeline with the DDIM sampler in this dtype; `model` is converted in place, `vae` copied."""
     kind = getattr(torch, dtype)
     # nn.Module.to, because that of diffusers warns of modules kept in float32, of which there are none.
     parts = [torch.nn.Module.to(module, kind) for module in (model, copy.deepcopy(vae))]
