@@ -1,7 +1,9 @@
 """The parts of a training run: settings, order, noise, checkpoints' bookkeeping."""
 
 import dataclasses
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from skipdit.training.build import build_model, load_vae, lr_multiplier
 from skipdit.training.config import TrainConfig
 from skipdit.training.data import GlobalOrder, build_data
 from skipdit.training.noise import draw_noise, generator_for
+from skipdit.training.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,6 +188,40 @@ def test_drawing_leaves_the_global_state_alone():
     generator_for("anything", 1, 2).initial_seed()
     draw_noise(0, 0, range(2), (4,))
     assert torch.equal(before, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------------- being asked to stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_and_its_echo_does_no_harm(number):
+    before = signal.getsignal(number)
+    stop = StopRequest()
+    with stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # as a launcher passes on what the group got as well
+        assert stop.requested
+    assert signal.getsignal(number) is before
+
+
+def test_a_later_interrupt_stops_at_once():
+    stop = StopRequest()
+    with stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        stop._asked_at -= 3
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_end_of_the_launcher_asks_to_stop(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    alone = StopRequest()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    launched = StopRequest()
+    assert not alone.requested and not launched.requested
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # what the system says after that
+    assert not alone.requested and launched.requested
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -76,7 +76,7 @@ class Trainer:
         self.preview_classes = samples.check_preview(config.preview, model, self.class_names)
 
         self.step, self.dropped, self.dropped_in_a_row = 0, 0, 0
-        self.stop = StopRequest()
+        self.stop, self.stopping = StopRequest(), False
         self._prepare(model)
         if self.accelerator.is_main_process:
             checkpointing.remove_leftovers(self.output)
@@ -161,7 +161,7 @@ class Trainer:
         batches = iter(order.loader(dataset, 0 if in_memory else cfg.data.num_workers))
         self._announce(dataset)
         with self.stop, _attention_backend(self.accelerator.device), Progress(self) as progress:
-            while self.step < cfg.max_steps and not self.stop.requested:
+            while self.step < cfg.max_steps and not self.stopping:
                 progress.add(self._step(batches, order))
                 if self.step % cfg.log_every == 0 or self.step == cfg.max_steps:
                     progress.log()
@@ -220,7 +220,7 @@ class Trainer:
         )
         applied = self._update(math.isfinite(loss) and math.isfinite(norm))
         self.step += 1
-        self.stop.requested = stop > 0  # of any process, so that all stop after the same step
+        self.stopping = stop > 0  # of any process, so that all stop after the same step
         return {"loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": lr, "applied": float(applied)}
 
     def _losses(self, batch: dict[str, torch.Tensor], positions: range) -> dict[str, torch.Tensor]:
