@@ -1,7 +1,8 @@
 """What a training run reads: the data set by name, its order, and latents encoded ahead."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,14 +113,8 @@ class GlobalOrder:
                 yield [self.item(step, position) for position in self.positions(accumulated)]
 
     def loader(self, dataset: Dataset, num_workers: int) -> DataLoader:
-        """Batches of this order. Workers never draw from the process's random state."""
-        return DataLoader(
-            dataset,
-            batch_sampler=self,
-            num_workers=num_workers,
-            persistent_workers=False,
-            generator=torch.Generator().manual_seed(0),
-        )
+        """Batches of this order."""
+        return _loader(dataset, self, num_workers)
 
 
 class LatentClips(Dataset):
@@ -160,12 +155,7 @@ def precompute_latents(
     clips = max(1, config.encode_batch // (len(video) if video.ndim == 4 else 1))
     chunks = [range(first, min(first + clips, len(dataset))) for first in range(0, len(dataset), clips)]
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
-    loader = DataLoader(
-        dataset,
-        batch_sampler=mine,
-        num_workers=config.num_workers,
-        generator=torch.Generator().manual_seed(0),
-    )
+    loader = _loader(dataset, mine, config.num_workers)
     shape = encode(vae, video[None], config.encode_batch)[0].shape[1:]
     mean, std = torch.zeros(len(dataset), *shape), torch.zeros(len(dataset), *shape)
     class_labels = torch.zeros(len(dataset), dtype=torch.long)
@@ -181,6 +171,22 @@ def precompute_latents(
     if accelerator.num_processes > 1:  # every clip is zero on all processes but one
         stores = [accelerator.reduce(store.to(accelerator.device), "sum").cpu() for store in stores]
     return LatentClips(*stores)
+
+
+def _loader(dataset: Dataset, batches: Iterable[Sequence[int]], num_workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        worker_init_fn=_leave_stopping_to_the_trainer,
+        generator=torch.Generator().manual_seed(0),  # or it would draw from the process's random state
+    )
+
+
+def _leave_stopping_to_the_trainer(worker: int) -> None:
+    """A stop reaches the whole process group; a worker that obeyed it would fail the trainer's last step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _quiet(accelerator: Accelerator) -> bool | None:

@@ -171,13 +171,12 @@ class Trainer:
                 if cfg.preview.every and self.step % cfg.preview.every == 0 and self.step < cfg.max_steps:
                     self._attempt("preview", self._preview)
                 progress.resume_clock()
-        if self.step < cfg.max_steps:
             folder = self._save()
+        if self.step < cfg.max_steps:
             self.say(f"Stopped after step {self.step}; saved {folder}.")
             self.say("Continue with the same command and resume=latest.")
-            return
-        self._save()
-        self._finish()
+        else:
+            self._finish()
 
     def _training_set(self) -> Dataset:
         if not self.config.data.precompute_latents:
