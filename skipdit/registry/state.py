@@ -10,7 +10,7 @@ from .digest import Expected, hash_file, page_or_pointer
 from .records import Record, Records
 from .schema import HUB_CACHE, ArchiveSource, Entry, HubSource, ManualSource, ModelScopeSource
 
-__all__ = ["State", "base_folder", "check", "hub_cache", "missing_parts", "size_on_disk"]
+__all__ = ["State", "base_folder", "check", "hub_cache", "known_files", "missing_parts", "size_on_disk"]
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,11 @@ def check(entry: Entry, root: Path, records: Records, level: str = "size") -> St
 
 
 def _has_measure(entry: Entry) -> bool:
-    return bool(entry.requires or entry.counts or _plain_files(entry))
+    return bool(entry.requires or entry.counts or known_files(entry))
 
 
-def _plain_files(entry: Entry) -> list[str]:
+def known_files(entry: Entry) -> list[str]:
+    """Files of a folder that the registry names, without patterns."""
     source = entry.source
     if not isinstance(source, HubSource | ModelScopeSource):
         return []
@@ -130,7 +131,7 @@ def _check_recorded(record: Record, base: Path, level: str) -> tuple[list[str], 
 
 def missing_parts(entry: Entry, folder: Path) -> list[str]:
     """What a folder lacks: files that the registry names, shards that an index names, files of a data set."""
-    problems = [f"{name} is not there" for name in _plain_files(entry) if not (folder / name).is_file()]
+    problems = [f"{name} is not there" for name in known_files(entry) if not (folder / name).is_file()]
     problems += [f"{pattern} is not there" for pattern in entry.requires if not any(folder.glob(pattern))]
     for pattern, least in entry.counts.items():
         count = sum(1 for item in folder.glob(pattern) if item.is_file() and not _is_packed(item))

@@ -58,8 +58,8 @@ def fetch(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(
-                f"{target}: the disk is full ({error.strerror}); make room and run the same command again, it goes on "
-                "from where it stopped."
+                f"{target}: the disk is full ({error.strerror}); make room and run the same command again, "
+                "it goes on from where it stopped."
             ) from error
         raise Failed(f"{target}: {error.strerror or error}.") from error
 
