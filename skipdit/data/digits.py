@@ -17,9 +17,7 @@ __all__ = ["DIGIT_NAMES", "DigitClip", "MovingDigits"]
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 _SOURCE_SIDE = 8  # pixels of a scikit-learn digit
-_FOOTPRINT = (
-    _SOURCE_SIDE + 1
-)  # and with the half pixel on each side over which the interpolation fades its ink out
+_FOOTPRINT = _SOURCE_SIDE + 1  # with half a pixel on each side, over which interpolation fades the ink
 _SPLITS = ("train", "test")
 _TEST_EVERY = 5  # every fifth image of each class is held out
 
