@@ -29,7 +29,8 @@ def load_config(
     Args:
         schema: A dataclass, possibly of dataclasses. A field without a default must be given.
         path: A YAML file (1.2 rules: `off` is a word, not a boolean; 1e-4 is a number), or None.
-        overrides: Words such as "steps=50" or "optimizer.lr=1e-4"; values are YAML too ("classes=[3, cat]").
+        overrides: Words such as "steps=50" or "optimizer.lr=1e-4"; values are YAML too ("classes=[3, cat]"). A
+            single value where the schema has a list makes a list of one ("classes=cat").
 
     Returns:
         An instance of the schema, its `__post_init__` run.
@@ -97,8 +98,11 @@ def _choose(
         if dataclasses.is_dataclass(kind):
             chosen[name] = _choose(value, words[name], known, f"{prefix}{name}.")
         else:
-            of_text = typing.get_origin(kind) in (list, tuple, dict) and typing.get_args(kind)[-1] is str
+            container = typing.get_origin(kind)
+            of_text = container in (list, tuple, dict) and typing.get_args(kind)[-1] is str
             chosen[name] = words[name] if kind is str or of_text else value
+            if container is list and isinstance(chosen[name], str | int | float):
+                chosen[name] = [chosen[name]]
     return chosen
 
 
