@@ -12,7 +12,10 @@ from .errors import UserError
 __all__ = ["main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "sample": ("skipdit.sampling", "sample clips or pictures from a trained model, with or without Skip-Cache"),
+    "sample": (
+        "skipdit.sampling",
+        "sample clips or pictures from a model, with or without Skip-Cache",
+    ),
     "demo": ("skipdit.demo", "sample the carried digits pipeline at several speeds and compare"),
     "train": ("skipdit.training.loop", "train a model from a config (the same as train.py)"),
     "train-vae": ("skipdit.training.autoencoder", "train the small autoencoder of the digits pipeline"),
@@ -71,7 +74,7 @@ def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="skipdit",
         usage="skipdit [--help] [--version] COMMAND ...",
-        description="Diffusion transformers with long skips, and Skip-Cache: faster sampling by feature reuse.",
+        description="Diffusion transformers with long skips, and Skip-Cache: faster sampling by reuse.",
         epilog="commands:\n" + "\n".join(lines) + "\n\n'skipdit COMMAND --help' explains one of them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

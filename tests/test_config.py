@@ -80,6 +80,11 @@ def test_values_are_typed():
     )
 
 
+def test_a_single_value_makes_a_list_of_one():
+    config = load_config(Settings, None, ["model=m", "classes=007", "optimizer.betas=0.9"])
+    assert (config.classes, config.optimizer.betas) == (["007"], [0.9])
+
+
 def test_unknown_key_names_the_nearest_and_the_source(tmp_path):
     path = write(tmp_path, "model: m\nstep: 3\n")
     assert message(path, []) == f"No setting 'step' ({path}): did you mean 'steps'?"
