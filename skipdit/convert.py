@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def convert(
             model.save_pretrained(temporary)
         else:
             finish(model).save_pretrained(temporary)
+        _make_readable(temporary)
     return f"{describe(model)} -> {output} ({dtype}, {_size(output) / 1e9:.3g} GB)"
 
 
@@ -203,6 +205,14 @@ def _write_flat(state: dict[str, Any], path: Path) -> None:
         import torch
 
         torch.save({"ema": state}, path)
+
+
+def _make_readable(path: Path) -> None:
+    """Ordinary permissions: safetensors creates files that only their owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        item.chmod((0o777 if item.is_dir() else 0o666) & ~mask)
 
 
 def _size(path: Path) -> int:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 __all__ = ["Resource", "Server", "serving"]
 
@@ -31,6 +32,7 @@ class Resource:
         trickle: (bytes, seconds): so many bytes at a time.
         length: A Content-Length that is not true.
         redirect: Answer with 302 to there.
+        on_query: Bodies by the query's FilePath, as ModelScope serves them.
         on_request: Called with the resource before each answer; may change it.
     """
 
@@ -45,6 +47,7 @@ class Resource:
     trickle: tuple[int, float] | None = None
     length: int | None = None
     redirect: str | None = None
+    on_query: dict[str, bytes] | None = None
     on_request: Callable[["Resource"], None] | None = None
 
     @property
@@ -131,6 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.guard:
             self.server.requests.append((self.command, self.path, dict(self.headers)))
             resource = self.server.resources.get(self.path.split("?")[0])
+            if resource is not None and resource.on_query:
+                name = parse_qs(urlsplit(self.path).query).get("FilePath", [""])[0]
+                resource = Resource(resource.on_query[name]) if name in resource.on_query else None
             if resource is not None and resource.on_request:
                 resource.on_request(resource)
             early = resource.answers.pop(0) if resource is not None and resource.answers else None

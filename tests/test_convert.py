@@ -188,6 +188,8 @@ def test_half_precision_halves_the_file(tmp_path):
     half = load_file(tmp_path / "half.safetensors")
     assert {value.dtype for value in half.values()} == {torch.bfloat16}
     assert same(half, {name: value.bfloat16() for name, value in model.state_dict().items()})
+    modes = {item.stat().st_mode & 0o777 for item in tmp_path.glob("*.safetensors")}
+    assert modes == {(tmp_path / "a.pt").stat().st_mode & 0o777}
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "full")]
     assert sizes[0] < 0.6 * sizes[1]
 
@@ -207,8 +209,8 @@ def test_names_and_shapes_that_differ_are_listed(tmp_path):
     with pytest.raises(UserError) as caught:
         convert(save(state, tmp_path / "odd.pt"), tmp_path / "out.pt", num_heads=4)
     assert str(caught.value).split("odd.pt ")[1] == (
-        "looks like Latte of depth 8 and hidden size 32 with linear skips (video, 4 frames, 3 classes), but does "
-        "not fit it; missing: blocks.3.attn.proj.weight; not known: extra.weight; of another shape: "
+        "looks like Latte of depth 8 and hidden size 32 with linear skips (video, 4 frames, 3 classes), "
+        "but does not fit it; missing: blocks.3.attn.proj.weight; not known: extra.weight; of another shape: "
         "blocks.1.mlp.fc2.bias (7,), not (32,)."
     )
     assert not (tmp_path / "out.pt").exists()

@@ -4,9 +4,11 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -388,6 +390,28 @@ def test_google_drive_goes_through_gdown_and_is_checked(root, tmp_path, monkeypa
     assert "a web page" in capsys.readouterr().err
 
 
+def test_modelscope_lists_and_the_own_client_fetches(server, root, tmp_path, monkeypatch, capsys):
+    """With the real package, where it is installed; equal files of two repositories are fetched once."""
+    pytest.importorskip("modelscope", reason="the modelscope extra is not installed")
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
+    shared = b"clip" * 1000
+    for repo, name in (("iic/HiGen", "higen.pth"), ("iic/tf-t2v", "tft2v.pth")):
+        files = {name: SKIP + name.encode(), "open_clip.bin": shared, "README.md": repo.encode()}
+        rows = [
+            {"Path": path, "Type": "blob", "Size": len(body), "Sha256": sha256(body)}
+            for path, body in files.items()
+        ]
+        listing = {"Code": 200, "Success": True, "Message": "", "Data": {"Files": rows}}
+        server.resources[f"/api/v1/models/{repo}/repo/files"] = Resource(
+            json.dumps(listing).encode(), content_type="application/json"
+        )
+        server.resources[f"/api/v1/models/{repo}/repo"] = Resource(on_query=files)
+    assert download(root, "vgen/higen", "vgen/tf-t2v") == 0, capsys.readouterr().err
+    assert files_below(root) == ["models/higen.pth", "models/open_clip.bin", "models/tft2v.pth"]
+    fetched = [path for _, path, _ in server.requests if "FilePath" in path]
+    assert len(fetched) == 3
+
+
 @pytest.mark.parametrize(
     "module, words",
     [
@@ -396,7 +420,8 @@ def test_google_drive_goes_through_gdown_and_is_checked(root, tmp_path, monkeypa
     ],
 )
 def test_an_extra_that_is_not_installed_is_named(server, root, monkeypatch, capsys, module, words):
-    monkeypatch.setitem(sys.modules, module, None)
+    for name in [name for name in sys.modules if name.split(".")[0].startswith(module)] + [module]:
+        monkeypatch.setitem(sys.modules, name, None)
     assert download(root, *words) == 6
     assert f"pip install {module}" in capsys.readouterr().err
 
@@ -450,3 +475,58 @@ def test_the_script_takes_the_checkout_as_root(tmp_path):
         command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ}, check=True
     )
     assert done.stdout.splitlines()[0] == f"Root: {script.parents[1]}"
+
+
+# -- several calls, and calls that end early
+
+
+def start(root: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "skipdit", "download", "--root", str(root), *words]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
+    )
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def gets(server) -> int:
+    return sum(method == "GET" and path == "/w.pt" for method, path, _ in server.requests)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["hash unknown", "hash known"])
+def test_two_commands_at_once_fetch_once_and_both_succeed(server, root, tmp_path, known):
+    server.resources["/w.pt"] = Resource(SKIP, trickle=(500, 0.1))
+    fields = {"sha256": sha256(SKIP)} if known else {}
+    words = own(tmp_path, entry("w", "w.pt", {"kind": "url", "url": f"{server.url}/w.pt"}, **fields))
+    first = start(root, *words)
+    wait_for(lambda: gets(server))
+    second = start(root, *words)
+    texts = [first.communicate(), second.communicate()]
+    assert [first.returncode, second.returncode] == [0, 0], texts
+    assert "another call is fetching it" in texts[1][1]
+    assert gets(server) == 1
+    assert (root / "w.pt").read_bytes() == SKIP
+    assert files_below(root) == ["w.pt"]
+
+
+def test_ctrl_c_keeps_the_part_and_the_next_call_goes_on(server, root, tmp_path):
+    server.resources["/w.pt"] = Resource(SKIP, trickle=(500, 0.1))
+    words = own(tmp_path, entry("w", "w.pt", {"kind": "url", "url": f"{server.url}/w.pt"}))
+    process = start(root, *words)
+    part = root / ".w.pt.part"
+    wait_for(lambda: part.exists() and part.stat().st_size >= 1000)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+    assert files_below(root) == [".w.pt.part", ".w.pt.part.json"]
+    server.resources["/w.pt"].trickle = None
+    server.requests.clear()
+    assert download(root, *words) == 0
+    assert int(server.asked("/w.pt")[1]["Range"][6:-1]) >= 1000
+    assert (root / "w.pt").read_bytes() == SKIP

@@ -168,7 +168,10 @@ class _Worker:
 
     def _is_good(self, place: Place) -> bool:
         """Whether another call, or an earlier part of a folder, put the very file there."""
-        if not place.is_there() or not place.expected.has_hash:
+        size = place.expected.size
+        if not place.target.is_file() or not place.expected.has_hash:
+            return False
+        if size is not None and place.target.stat().st_size != size:
             return False
         digests = hash_file(place.target, place.expected)
         return not place.expected.differences(place.target.stat().st_size, digests)

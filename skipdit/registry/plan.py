@@ -39,11 +39,6 @@ class Place:
     member: str | None = None
     pointer: Path | None = None
 
-    def is_there(self) -> bool:
-        """Whether a file of the right size is at the target already."""
-        size = self.expected.size
-        return self.target.is_file() and size is not None and self.target.stat().st_size == size
-
 
 @dataclass
 class Task:

@@ -241,27 +241,46 @@ class Resolver:
             # The HTTP library below huggingface_hub differs between its versions: all else is the network's.
             raise Retry(f"{self.endpoint}, {repo}: {type(error).__name__}: {str(error)[:120]}") from error
 
-    def _modelscope(self, source: ModelScopeSource) -> list[Remote]:
+    @staticmethod
+    def _modelscope(source: ModelScopeSource) -> list[Remote]:
         try:
-            from modelscope.hub.api import HubApi
             from modelscope.hub.file_download import get_file_download_url
+
+            endpoint = os.environ.get("MODELSCOPE_ENDPOINT")
+            rows = _list_modelscope(source, endpoint)
         except ImportError as error:
             raise ByHand(
                 f"{source.repo} is on ModelScope: pip install modelscope, then run again."
             ) from error
-        try:
-            rows = HubApi().get_model_files(source.repo, revision=source.revision, recursive=True)
         except Exception as error:
             raise Failed(f"ModelScope, {source.repo}: {type(error).__name__}: {str(error)[:160]}") from error
         found = []
-        for row in rows:
-            if row.get("Type") != "tree" and (shown := _chosen(row["Path"], source)):
-                link = get_file_download_url(source.repo, row["Path"], source.revision)
-                expected = Expected(row.get("Size"), row.get("Sha256"))
-                found.append(Remote("http", link, shown, expected, revision=source.revision))
+        for path, size, sha256 in rows:
+            if shown := _chosen(path, source):
+                link = get_file_download_url(source.repo, path, source.revision, endpoint)
+                found.append(Remote("http", link, shown, Expected(size, sha256), revision=source.revision))
         if not found:
             raise Gone(f"{source.repo} at {source.revision} has none of the files asked for.")
         return found
+
+
+def _list_modelscope(
+    source: ModelScopeSource, endpoint: str | None
+) -> list[tuple[str, int | None, str | None]]:
+    """(path, size, sha256) of each file: the package's newer half tells the hash, its older half may not."""
+    try:
+        from modelscope_hub import HubApi
+    except ImportError:
+        from modelscope.hub.api import HubApi as OldApi
+
+        rows = OldApi(endpoint=endpoint).get_model_files(
+            source.repo, revision=source.revision, recursive=True
+        )
+        return [
+            (row["Path"], row.get("Size"), row.get("Sha256")) for row in rows if row.get("Type") != "tree"
+        ]
+    files = HubApi(endpoint=endpoint).list_repo_files(source.repo, "model", revision=source.revision)
+    return [(item.path, item.size, item.sha256) for item in files if getattr(item, "type", "blob") != "tree"]
 
 
 def _chosen(name: str, source: HubSource | ModelScopeSource) -> str | None:
