@@ -79,7 +79,7 @@ def measure(folder: Path, size: int, pairs: int) -> None:
 
 def row_words(curl: float, both: float, ours: float, memory: float) -> str:
     """One measurement in words."""
-    return f"curl {curl:.2f} s, with sha256sum {both:.2f} s, fetch {ours:.2f} s, its peak memory {memory:.0f} MiB"
+    return f"curl {curl:.2f} s, with sha256sum {both:.2f} s, fetch {ours:.2f} s, its peak {memory:.0f} MiB"
 
 
 def one_pair(url: str, folder: Path, size: int) -> tuple[float, float, float, float]:

@@ -339,8 +339,20 @@ def test_an_evil_archive_ends_in_status_1_and_nothing_is_unpacked(server, root, 
     source = {"kind": "archive", "archive": {"kind": "url", "url": f"{server.url}/evil.zip"}, "format": "zip"}
     assert download(root, *own(tmp_path, entry("evil", "data/", source))) == 1
     assert "could leave the folder" in capsys.readouterr().err
-    assert [name for name in files_below(root) if "evil.zip" not in name] == []
+    assert files_below(root) == ["data/evil.zip.bad"]
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_broken_archive_is_fetched_again_by_the_next_call(server, root, tmp_path, capsys):
+    good = zipped({"a.jpg": b"a" * 5000})
+    source = {"kind": "archive", "archive": {"kind": "url", "url": f"{server.url}/a.zip"}, "format": "zip"}
+    words = own(tmp_path, entry("set", "data/", source, counts={"*.jpg": 1}))
+    server.resources["/a.zip"] = Resource(good[:3000])
+    assert download(root, *words) == 1
+    assert "cannot be read as an archive" in capsys.readouterr().err
+    server.resources["/a.zip"] = Resource(good, etag='"two"')
+    assert download(root, *words) == 0
+    assert files_below(root) == ["data/a.jpg", "data/a.zip.bad"]
 
 
 def test_data_sets_are_unpacked_and_their_layout_checked(server, root, monkeypatch, capsys):

@@ -6,7 +6,6 @@ import re
 import shutil
 import stat
 import tarfile
-import tempfile
 import unicodedata
 import zipfile
 import zlib
@@ -95,7 +94,7 @@ def extract(path: Path, wanted: dict[str, Path], done: Callable[[str, Path], Non
         raise Failed(f"{path.name} has no member {missing[0]!r}.")
     beside = next(iter(wanted.values())).parent
     beside.mkdir(parents=True, exist_ok=True)
-    with _temporary(beside, sum(sizes[name] for name in wanted)) as folder:
+    with _temporary(beside / f".unpacking-{path.name}", sum(sizes[name] for name in wanted)) as folder:
         ready = []
         for number, (name, target) in enumerate(wanted.items()):
             ready.append((folder / str(number), name, target))
@@ -138,7 +137,7 @@ def extract_all(
     if not chosen:
         raise Failed(f"{path.name} has no member that matches {', '.join(patterns) or 'anything'}.")
     target.mkdir(parents=True, exist_ok=True)
-    with _temporary(target, sum(size for _, size in chosen.values())) as folder:
+    with _temporary(target / f".unpacking-{path.name}", sum(size for _, size in chosen.values())) as folder:
         _unpack(
             path,
             {member: folder / name for member, (name, _) in chosen.items()},
@@ -262,10 +261,13 @@ def _write(source: IO[bytes], place: Path, size: int) -> None:
 
 
 @contextmanager
-def _temporary(beside: Path, needed: int) -> Iterator[Path]:
-    if shutil.disk_usage(beside).free < needed:
-        raise NoSpace(f"{beside}: unpacking needs {needed} bytes, {shutil.disk_usage(beside).free} are free.")
-    folder = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=beside))
+def _temporary(folder: Path, needed: int) -> Iterator[Path]:
+    """An empty folder, removed at the end; what a killed call left there is removed first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise NoSpace(f"{folder.parent}: unpacking needs {needed} bytes, {free} are free.")
+    folder.mkdir()
     try:
         yield folder
     finally:

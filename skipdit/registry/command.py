@@ -90,6 +90,17 @@ def _level(text: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the command; the exit status (see `Status`)."""
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader has seen enough (`--list | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Status.OK
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.jobs < 1 or args.retries < 1 or args.timeout <= 0:
         raise UserError("--jobs, --retries and --timeout must be positive.")
     catalogue = load_catalogue(args.registry)

@@ -18,7 +18,7 @@ from .records import FileRecord, Record, Records
 from .schema import HUB_CACHE, ArchiveSource, Entry
 from .state import check, missing_parts
 from .status import ByHand, Failed, FetchError, Gone, Mismatch
-from .transfer import fetch
+from .transfer import as_fetch_error, fetch
 
 __all__ = ["Outcome", "Watcher", "carry_out"]
 
@@ -153,6 +153,8 @@ class _Worker:
                 return self._plain(task, progress, bool(waited))
         except KeyboardInterrupt as error:
             raise Failed("stopped") from error
+        except OSError as error:
+            raise as_fetch_error(error, task.at) from error
 
     def _plain(self, task: Task, progress: Callable, waited: bool) -> list[tuple[Place, int, str]]:
         first = task.places[0]
@@ -205,13 +207,18 @@ class _Worker:
             return [(place, *_size_and_hash(place.target)) for place in task.places]
         if not task.at.is_file():
             self._fetch(task, task.remote.expected, progress)
-        if task.folder:
-            entry, folder = task.folder
-            source = entry.source
-            extract_all(task.at, folder, source.members, source.flatten)
-            got = []
-        else:
-            got = _members(task.at, task.places)
+        try:
+            if task.folder:
+                entry, folder = task.folder
+                extract_all(task.at, folder, entry.source.members, entry.source.flatten)
+                got = []
+            else:
+                got = _members(task.at, task.places)
+        except (Failed, Mismatch) as error:
+            # Not to be taken for good by the next call, and there to be looked at.
+            bad = task.at.with_name(f"{task.remote.name}.bad")
+            task.at.replace(bad)
+            raise type(error)(f"{error} The archive is kept aside as {bad}.") from error
         task.at.unlink()
         return got
 

@@ -13,9 +13,9 @@ import requests
 
 from .digest import CHUNK, Expected, Hasher, feed, page_or_pointer
 from .http import NETWORK_ERRORS, Client, Retry
-from .status import Failed, Mismatch, NoSpace
+from .status import Failed, FetchError, Mismatch, NoSpace
 
-__all__ = ["Fetched", "fetch", "part_path"]
+__all__ = ["Fetched", "as_fetch_error", "fetch", "part_path"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,17 @@ def fetch(
     try:
         return _Transfer(client, url, target, expected, progress).run()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(
-                f"{target}: the disk is full ({error.strerror}); make room and run the same command again, "
-                "it goes on from where it stopped."
-            ) from error
-        raise Failed(f"{target}: {error.strerror or error}.") from error
+        raise as_fetch_error(error, target) from error
+
+
+def as_fetch_error(error: OSError, target: Path) -> FetchError:
+    """What the operating system refused, in words: a full disk, a quota, missing permission."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(
+            f"{target}: the disk is full ({error.strerror}); make room and run the same command again, "
+            "it goes on from where it stopped."
+        )
+    return Failed(f"{error.filename or target}: {error.strerror or error}.")
 
 
 class _Transfer:
