@@ -86,12 +86,8 @@ def _of_set(entries: list[Entry], name: str) -> list[Entry]:
 
 
 def shipped_files() -> list[Path]:
-    """The project's own registry files: inside an installed package, or beside it in a checkout."""
-    for folder in (Path(__file__).parent / "data", CHECKOUT / "pretrained" / "registry"):
-        files = sorted(folder.glob("*.yaml"))
-        if files:
-            return files
-    return []
+    """The project's own registry files. In a checkout `data` is a link to `pretrained/registry`."""
+    return sorted((Path(__file__).parent / "data").glob("*.yaml"))
 
 
 def load_catalogue(own_files: Sequence[Path] = ()) -> Catalogue:
@@ -101,6 +97,10 @@ def load_catalogue(own_files: Sequence[Path] = ()) -> Catalogue:
         UserError: A file is missing or malformed, or an id occurs twice.
     """
     files = shipped_files()
+    if not files and not own_files:
+        raise UserError(
+            "The registry files are not there: install the package anew, or pass --registry FILE."
+        )
     systems, seen = [], {}
     for path in (*files, *map(Path, own_files)):
         system = _read(path)
