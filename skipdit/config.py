@@ -15,7 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from .errors import UserError
 from .files import written_whole
 
-__all__ = ["load_config", "nearest", "save_config"]
+__all__ = ["describe", "load_config", "nearest", "save_config", "setting"]
 
 Schema = TypeVar("Schema")
 COMMAND_LINE = "the command line"
@@ -29,8 +29,8 @@ def load_config(
     Args:
         schema: A dataclass, possibly of dataclasses. A field without a default must be given.
         path: A YAML file (1.2 rules: `off` is a word, not a boolean; 1e-4 is a number), or None.
-        overrides: Words such as "steps=50" or "optimizer.lr=1e-4"; values are YAML too ("classes=[3, cat]"). A
-            single value where the schema has a list makes a list of one ("classes=cat").
+        overrides: Words such as "steps=50" or "optimizer.lr=1e-4"; values are YAML too ("classes=[3, cat]").
+            A single value where the schema has a list makes a list of one ("classes=cat").
 
     Returns:
         An instance of the schema, its `__post_init__` run.
@@ -68,6 +68,24 @@ def save_config(config: Any, path: str | Path) -> None:
     """Write a dataclass instance as YAML that `load_config` reads back to an equal one."""
     with written_whole(path) as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with a default (a list is copied for each instance) and a line for `describe`."""
+    metadata = {"help": text}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def describe(schema: type) -> str:
+    """Settings with their defaults and lines of help, for the end of a command's --help."""
+    lines = []
+    for field in dataclasses.fields(schema):
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        shown = "null" if default is None else str(default).replace("'", "")
+        lines.append(f"  {f'{field.name}={shown}':<26} {field.metadata.get('help', '')}".rstrip())
+    return "settings (key=value, with their defaults):\n" + "\n".join(lines)
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
