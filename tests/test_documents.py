@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -289,3 +290,13 @@ def test_the_readme_lists_every_command():
 def test_scripts_are_executable_with_bash():
     assert all(path.read_text().startswith("#!/usr/bin/env bash\n") for path in SCRIPTS)
     assert all(os.access(path, os.X_OK) for path in SCRIPTS)
+
+
+def test_the_readmes_lines_of_python_run():
+    """In a process of its own, for another test's imports could hide a missing one; with fewer steps."""
+    block = blocks(ROOT / "README.md", "python")[0]
+    shorter = block.replace("guidance_scale=4.0", "guidance_scale=4.0, num_inference_steps=4")
+    assert shorter != block
+    code = f"{shorter}\nprint(len(clips), len(clips[0]), clips[0][0].size, pipe.transformer.cache_stats)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "2 16 (32, 32) CacheStats(full=2, reused=2)", done.stderr[-2000:]
