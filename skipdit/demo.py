@@ -1,4 +1,4 @@
-"""`skipdit demo`: the carried digits pipeline at four speeds from the same noise: clips, a picture, a table."""
+"""`skipdit demo`: the carried digits pipeline at four speeds from one noise: clips, a picture and a table."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ MOST_CLASSES, DIGITS_IN_PICTURE, FRAMES_IN_PICTURE = 10, 3, 8
 CARRIED = Path("pretrained/digits")
 FPS = 8
 BUDGET = 90.0
-"""Seconds that the timed runs may take before repeats are given up: the whole should stay below three minutes."""
+"""Seconds within which repeats are begun: the whole should stay below three minutes on two cores."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def run_demo(
 
     Args:
         model: Folder of a class-to-video pipeline with long skips.
-        output: Folder for no-cache.mp4, n2.mp4 and so on, the same as GIF, comparison.png, results.md and .json.
+        output: Folder for no-cache.mp4, n2.mp4, ... (and .gif), comparison.png, results.md and results.json.
         steps: Sampler steps.
         guidance_scale: 1: no guidance.
         seed: Of the start noise, the same for all runs.
@@ -183,8 +183,8 @@ def _describe(pipeline: "SkipPipeline", runs: list["Run"], steps: int, guidance_
     sampler = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
     times = f"median of {runs[0].repeats} runs" if runs[0].repeats > 1 else "one run each"
     return (
-        f"{len(runs[0].samples)} clips at once, {steps} steps of {sampler}, guidance {guidance_scale:g}; {name}; "
-        f"{times}, decoding included; PSNR and SSIM against no cache, mean over clips."
+        f"{len(runs[0].samples)} clips at once, {steps} steps of {sampler}, guidance {guidance_scale:g}; "
+        f"{name}; {times}, decoding included; PSNR and SSIM against no cache, mean over clips."
     )
 
 

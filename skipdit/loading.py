@@ -139,20 +139,23 @@ def _find_preset(config: SampleConfig) -> ModelSource:
     checkpoint = Path(config.checkpoint)
     if not checkpoint.is_file():
         raise UserError(_missing(checkpoint, "checkpoint"))
-    _check_vae(config.vae)
-    model_class, settings = PRESETS[config.model]
-    settings = {**settings, "num_classes": config.num_classes, "sample_size": config.image_size // 8}
-    if config.image_size % 8:
+    scale = _check_vae(config.vae)
+    if config.image_size % scale:
         raise UserError(
-            f"image_size={config.image_size} must be a multiple of 8, the scale of the autoencoder."
+            f"image_size={config.image_size} must be a multiple of {scale}, the autoencoder's scale."
         )
+    model_class, settings = PRESETS[config.model]
+    settings = {
+        **settings,
+        "num_classes": config.num_classes,
+        "sample_size": config.image_size // scale,
+    }
     if model_class is SkipLatteTransformer3DModel:
         settings["num_frames"] = config.num_frames
     names = read_class_names(config.class_names) if config.class_names else ()
     if names and len(names) != config.num_classes:
-        raise UserError(
-            f"{config.class_names} has {len(names)} names, but num_classes is {config.num_classes}."
-        )
+        many = f"{len(names)} names for num_classes={config.num_classes}"
+        raise UserError(f"{config.class_names} has {many}: give one name a class, or class_names=null.")
     model = _without_storage(model_class, settings, config.model)
     return ModelSource(model, names, checkpoint=checkpoint, vae=config.vae)
 
@@ -177,11 +180,15 @@ def _missing(path: Path, key: str) -> str:
     return f"{path} is not there: fetch it with '{command}' (or pass {key}=...)."
 
 
-def _check_vae(vae: str) -> None:
+def _check_vae(vae: str) -> int:
+    """See that the autoencoder is there; gives image pixels per latent pixel."""
     folder = Path(vae)
     is_hub_id = vae.count("/") == 1 and not folder.exists() and not folder.parent.exists()
-    if not is_hub_id and not (folder / "config.json").is_file():
+    if is_hub_id:
+        return 8
+    if not (folder / "config.json").is_file():
         raise UserError(_missing(folder, "vae"))
+    return 2 ** (len(_read_json(folder / "config.json").get("block_out_channels", [0] * 4)) - 1)
 
 
 def _load_vae(vae: str) -> AutoencoderKL | AutoencoderTiny:

@@ -10,7 +10,7 @@ NAMES = ["zero", "one", "two"]
 
 
 def tiny_pipeline(kind: str = "video", num_classes: int | None = 3, skip: str | None = "linear"):
-    """Clips of 4 frames of 16x16 pixels (or such pictures); 4 units; every weight random, so that all matter."""
+    """Clips of 4 frames of 16x16 pixels (or such pictures); every weight random, so that all matter."""
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "hidden_size": 16, "num_heads": 2, "num_classes": num_classes, "skip": skip}
     if kind == "video":

@@ -4,7 +4,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -72,48 +73,61 @@ def compare_caches(
         if done and so_far * (done + 1) / done > budget:
             break
         for name, cache in caches.items():
-            if cache is not None:
-                transformer.enable_cache(cache)
-            try:
+            with _enabled(transformer, cache):
                 began = time.perf_counter()
                 samples[name] = sample()
                 seconds[name].append(time.perf_counter() - began)
-                on_done(name, seconds[name][-1])
                 shares[name] = 1.0 if cache is None else transformer.cache_stats.full_share
-            finally:
-                if cache is not None:
-                    transformer.disable_cache()
+            on_done(name, seconds[name][-1])
     reference = next(iter(caches))
     base = statistics.median(seconds[reference])
     runs = []
     for name, cache in caches.items():
         median = statistics.median(seconds[name])
         pair = samples[name], samples[reference]
-        quality = (
-            (None, None) if name == reference else (psnr(*pair).mean().item(), ssim(*pair).mean().item())
+        runs.append(
+            Run(
+                name=name,
+                cache="off" if cache is None else str(cache),
+                seconds=median,
+                speedup=base / median,
+                repeats=len(seconds[name]),
+                full_share=shares[name],
+                psnr=None if name == reference else psnr(*pair).mean().item(),
+                ssim=None if name == reference else ssim(*pair).mean().item(),
+                samples=samples[name],
+            )
         )
-        word = "off" if cache is None else str(cache)
-        runs.append(Run(name, word, median, base / median, shares[name], *quality, samples[name]))
     return runs
+
+
+@contextmanager
+def _enabled(transformer: SkipBackbone, cache: SkipCacheConfig | None) -> Iterator[None]:
+    if cache is None:
+        yield
+        return
+    transformer.enable_cache(cache)
+    try:
+        yield
+    finally:
+        transformer.disable_cache()
 
 
 def to_markdown(runs: Sequence[Run]) -> str:
     """A table of the runs."""
-    rows = [
-        "| run | cache | seconds | speed-up | full steps | PSNR (dB) | SSIM |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
+    rows = ["| run | cache | seconds | speed-up | full steps | PSNR (dB) | SSIM |"]
+    rows.append("|---|---|--:|--:|--:|--:|--:|")
     for run in runs:
-        psnr_text = "" if run.psnr is None else f"{run.psnr:.1f}"
-        ssim_text = "" if run.ssim is None else f"{run.ssim:.3f}"
-        rows.append(
-            f"| {run.name} | {run.cache} | {run.seconds:.2f} | {run.speedup:.2f}x | {run.full_share:.0%} "
-            f"| {psnr_text} | {ssim_text} |"
-        )
+        cost = f"{run.seconds:.2f} | {run.speedup:.2f}x | {run.full_share:.0%}"
+        quality = " | " if run.psnr is None else f"{run.psnr:.1f} | {run.ssim:.3f}"
+        rows.append(f"| {run.name} | {run.cache} | {cost} | {quality} |")
     return "\n".join(rows) + "\n"
 
 
 def to_json(runs: Sequence[Run]) -> str:
-    """The same figures, unrounded, for programs."""
-    rows = [{key: value for key, value in vars(run).items() if key != "samples"} for run in runs]
-    return json.dumps(rows, indent=2) + "\n"
+    """The same figures, unrounded, for programs; an infinite PSNR (equal clips) becomes null."""
+    rows = []
+    for run in runs:
+        row = {key: value for key, value in vars(run).items() if key != "samples"}
+        rows.append({**row, "psnr": None if run.psnr == math.inf else run.psnr})
+    return json.dumps(rows, indent=2, allow_nan=False) + "\n"

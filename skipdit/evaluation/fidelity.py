@@ -21,9 +21,9 @@ def psnr(clips: torch.Tensor, references: torch.Tensor, data_range: float = 1.0)
         ValueError: The shapes differ.
     """
     _check_pair(clips, references)
-    return peak_signal_noise_ratio(
-        clips.float(), references.float(), data_range, reduction="none", dim=tuple(range(1, clips.dim()))
-    )
+    axes = tuple(range(1, clips.dim()))
+    pair = clips.double(), references.double()
+    return peak_signal_noise_ratio(*pair, data_range, reduction="none", dim=axes).float()
 
 
 def ssim(clips: torch.Tensor, references: torch.Tensor, data_range: float = 1.0) -> torch.Tensor:
@@ -42,11 +42,10 @@ def ssim(clips: torch.Tensor, references: torch.Tensor, data_range: float = 1.0)
     """
     _check_pair(clips, references)
     batch = clips.shape[0]
-    frames, reference_frames = (x.float().reshape(-1, *x.shape[-3:]) for x in (clips, references))
-    per_frame = structural_similarity_index_measure(
-        frames, reference_frames, sigma=1.5, reduction="none", data_range=data_range
-    )
-    return per_frame.reshape(batch, -1).mean(dim=1)
+    # In float64: SSIM's variances are small differences of squares.
+    pair = (x.double().reshape(-1, *x.shape[-3:]) for x in (clips, references))
+    per_frame = structural_similarity_index_measure(*pair, sigma=1.5, reduction="none", data_range=data_range)
+    return per_frame.reshape(batch, -1).mean(dim=1).float()
 
 
 def _check_pair(clips: torch.Tensor, references: torch.Tensor) -> None:
