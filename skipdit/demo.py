@@ -1,7 +1,6 @@
 """`skipdit demo`: the carried digits pipeline at four speeds from one noise: clips, a picture and a table."""
 
 import argparse
-import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from .files import check_writable, written_whole
 
 if TYPE_CHECKING:
     from .evaluation.comparison import Run
+    from .media import Pixels
     from .pipelines import SkipPipeline
 
 __all__ = ["add_arguments", "run", "run_demo"]
@@ -152,24 +152,24 @@ def _write(runs: list["Run"], captions: list[str], output: Path, about: str) -> 
             temporary.write_text(text, encoding="utf-8")
 
 
-def _picture(runs: list["Run"], clips: list, captions: list[str]):
-    """Rows: runs; columns: frames; a block for each of a few digits."""
+def _picture(runs: list["Run"], clips: list["Pixels"], captions: list[str]) -> "Pixels":
+    """Rows: runs; columns: frames; a block for each of a few classes."""
     import numpy as np
 
     from .media import make_sheet, viewing_factor
 
     length, height, width = clips[0].shape[1:4]
     frames = np.unique(np.linspace(0, length - 1, FRAMES_IN_PICTURE).round().astype(int))
-    scale = viewing_factor(height, width, least=64)
-    names = [f"{run.name}, {run.speedup:.2f}x" if run.speedup != 1 else run.name for run in runs]
-    chosen = np.unique(np.linspace(0, len(captions) - 1, DIGITS_IN_PICTURE + 2).round().astype(int))[1:-1]
+    names = [run.name if index == 0 else f"{run.name}  {run.speedup:.2f}x" for index, run in enumerate(runs)]
+    spread = np.linspace(0, len(captions) - 1, DIGITS_IN_PICTURE + 2).round().astype(int)
     blocks = [
         make_sheet(
             [(name, pixels[index, frames]) for name, pixels in zip(names, clips, strict=True)],
-            title=f"class {captions[index]}",
-            scale=scale,
+            title=captions[index],
+            columns=[f"frame {frame + 1}" for frame in frames],
+            scale=viewing_factor(height, width, least=80),
         )
-        for index in chosen
+        for index in np.unique(spread[1:-1])
     ]
     return np.concatenate(blocks)
 
@@ -191,7 +191,7 @@ def _describe(pipeline: "SkipPipeline", runs: list["Run"], steps: int, guidance_
 def _processor() -> str:
     import torch
 
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
 
 
 def _table(runs: list["Run"], about: str) -> str:

@@ -117,7 +117,8 @@ def frame_sheet(clips: Sequence[Pixels], captions: Sequence[str]) -> Pixels:
     length, height, width = clips[0].shape[:3]
     picks = np.unique(np.linspace(0, length - 1, FRAMES_IN_SHEET).round().astype(int))
     rows = [(caption, clip[picks]) for caption, clip in zip(captions, clips, strict=False)]
-    return make_sheet(rows, scale=viewing_factor(height, width, least=64))
+    words = [f"frame {pick + 1}" for pick in picks]
+    return make_sheet(rows, columns=words, scale=viewing_factor(height, width, least=64))
 
 
 def _slug(caption: str) -> str:

@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 Pixels = NDArray[np.uint8]
-BACKGROUND, INK = (255, 255, 255), (32, 32, 32)
+BACKGROUND, INK, FAINT_INK = (255, 255, 255), (32, 32, 32), (128, 128, 128)
+PADDING = 10
 
 
 def to_uint8(values: NDArray[np.floating]) -> Pixels:
@@ -148,30 +149,41 @@ def add_captions(cells: Pixels, captions: Sequence[str], font_size: int = 14) ->
     return np.concatenate([strips, cells], axis=2)
 
 
-def make_sheet(rows: Sequence[tuple[str, Pixels]], title: str = "", scale: int = 2, gap: int = 2) -> Pixels:
+def make_sheet(
+    rows: Sequence[tuple[str, Pixels]],
+    title: str = "",
+    columns: Sequence[str] = (),
+    scale: int = 2,
+    gap: int = 2,
+) -> Pixels:
     """Show clips frame by frame: one row a clip, with its label on the left, one column a frame.
 
     Args:
         rows: (label, frames [T, H, W, 3]) with the same shape each.
         title: A line above them.
+        columns: A word above each frame.
         scale: Enlargement of the frames.
         gap: Pixels between frames.
 
     Returns:
         One picture [H', W', 3].
     """
-    font = ImageFont.load_default(14)
-    margin = 12 + math.ceil(max((font.getlength(label) for label, _ in rows), default=0))
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    left = PADDING + 10 + math.ceil(max(font.getlength(label) for label, _ in rows))
     strips = [_film_strip(upscale(frames, scale), gap) for _, frames in rows]
     height, width = strips[0].shape[:2]
-    header = 24 if title else 0
-    canvas = Image.new("RGB", (margin + width, header + len(rows) * height), BACKGROUND)
+    title_line, column_line = (26 if title else 0), (18 if columns else 0)
+    top = PADDING + title_line + column_line
+    canvas = Image.new("RGB", (left + width + PADDING, top + len(rows) * height + PADDING), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.text((margin, header / 2), title, INK, font, anchor="lm")
+    draw.text((left, PADDING + title_line / 2), title, INK, font, anchor="lm")
+    for index, word in enumerate(columns):
+        cell = width / len(columns)
+        place = (left + (index + 0.5) * cell - gap / 2, top - column_line / 2)
+        draw.text(place, word, FAINT_INK, small, anchor="mm")
     for index, ((label, _), strip) in enumerate(zip(rows, strips, strict=True)):
-        top = header + index * height
-        canvas.paste(Image.fromarray(strip), (margin, top))
-        draw.text((margin - 8, top + height / 2), label, INK, font, anchor="rm")
+        canvas.paste(Image.fromarray(strip), (left, top + index * height))
+        draw.text((left - 10, top + (index + 0.5) * height), label, INK, font, anchor="rm")
     return np.asarray(canvas)
 
 

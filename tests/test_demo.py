@@ -32,7 +32,8 @@ def test_demo_writes_everything_it_promises(pipeline_folder, tmp_path, capsys):
         *(f"{run}.{suffix}" for run in RUNS for suffix in ("mp4", "gif")),
     }
     with Image.open(tmp_path / "comparison.png") as picture:
-        assert picture.height == 24 + 4 * 66  # a title, and four rows of 16-pixel frames enlarged by 4
+        # Three classes: words around four rows of 16-pixel frames enlarged by 5.
+        assert picture.height == 3 * (64 + 4 * 82)
     with Image.open(tmp_path / "n3.gif") as gif:
         assert gif.n_frames == 4
 

@@ -151,8 +151,9 @@ def test_captions_differ_by_text_only():
 def test_sheet_shows_every_frame_of_every_row():
     clips = [np.full((3, 8, 8, 3), value, np.uint8) for value in (10, 90)]
     clips[1][2] = 200
-    sheet = make_sheet([("no cache", clips[0]), ("N=2", clips[1])], title="cat", scale=2, gap=2)
-    right = sheet[24:, -3 * 18 :]
-    assert sheet.shape[0] == 24 + 2 * 18
+    words = ["first", "middle", "last"]
+    sheet = make_sheet([("no cache", clips[0]), ("N=2", clips[1])], "cat", words, scale=2, gap=2)
+    assert sheet.shape[0] == 10 + 26 + 18 + 2 * 18 + 10  # padding, title, column words, rows, padding
+    right = sheet[54:, -3 * 18 - 10 :]
     assert right[8, [8, 26, 44], 0].tolist() == [10, 10, 10]
     assert right[26, [8, 26, 44], 0].tolist() == [90, 90, 200]
