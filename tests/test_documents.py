@@ -235,7 +235,9 @@ def test_shell_blocks_of_page(path):
 def test_commands_in_the_text_of_page(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for span in re.findall(r"`([^`\n]+)`", text):
-        if re.match(r"(make|skipdit|accelerate launch|conda env|python [\w/]+\.py|bash [\w/]+\.sh)( |$)", span):
+        if re.match(
+            r"(make|skipdit|accelerate launch|conda env|python [\w/]+\.py|bash [\w/]+\.sh)( |$)", span
+        ):
             is_pattern = "..." in span or re.search(r" [A-Z]{2,}\b(?!=)|[\[|]", span)
             if match := re.fullmatch(r"skipdit ([a-z][a-z-]*)", span):  # the command's name, not a call
                 assert match[1] in COMMANDS, f"skipdit has no command {match[1]!r}"
