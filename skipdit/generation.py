@@ -70,6 +70,8 @@ def generate(config: SampleConfig) -> SampleReport:
     cache = parse_cache(config, source)
     _check(config, source)
     device = choose_device(config.device)
+    if device.type == "cpu" and config.dtype == "fp16":
+        raise UserError("dtype=fp16 is many times slower than fp32 on the CPU: pass dtype=fp32 or bf16.")
     count = config.num_samples if labels is None else len(labels)
     folder = check_writable(config.output)
 

@@ -184,10 +184,9 @@ def test_a_preset_with_a_checkpoint_equals_the_saved_pipeline(folders, tmp_path,
     np.testing.assert_array_equal(found, samples(settings(folders["video"], tmp_path / "s", classes=["2"])))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_stays_close(dtype, folders, tmp_path):
+def test_half_precision_stays_close(folders, tmp_path):
     full = samples(settings(folders["video"], tmp_path / "full"))
-    half = samples(settings(folders["video"], tmp_path / "half", dtype=dtype))
+    half = samples(settings(folders["video"], tmp_path / "half", dtype="bf16"))
     assert 0 < np.abs(half.astype(int) - full).mean() < 8
 
 
@@ -216,6 +215,7 @@ def mistake(config: SampleConfig) -> str:
         ("vanilla", {"cache": "N2"}, "Skip-Cache needs long skips"),
         ("video", {"sampler": "ddmi"}, "No sampler 'ddmi'"),
         ("video", {"dtype": "fp8"}, "No dtype 'fp8'"),
+        ("video", {"dtype": "fp16", "device": "cpu"}, "dtype=fp16 is many times slower"),
         ("video", {"device": "gpu"}, "No device 'gpu'"),
         ("video", {"guidance_channels": 5}, "the latents have 4 channels"),
         ("image", {"format": ["mp4"]}, "format=mp4 is for clips"),
