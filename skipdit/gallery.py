@@ -77,7 +77,7 @@ class Gallery:
         captions = self.captions[: len(self._kept)]
         if "png" in self.formats and self.is_video:
             write_png(self._file("grid.png"), frame_sheet(self._kept[:MOST_IN_SHEET], captions))
-        if len(self._kept) < 2:
+        if len(self._kept) < 2 or not {"mp4", "gif", "png"} & set(self.formats):
             return
         clips = np.stack(self._kept)
         grid = make_grid(clips if self.is_video else clips[:, None], captions if any(captions) else None)
