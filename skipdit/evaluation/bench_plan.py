@@ -1,0 +1,273 @@
+"""What `skipdit bench` is going to measure: every option checked against the model, nothing computed yet."""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache import SkipCacheConfig
+from ..config import nearest
+from ..errors import UserError
+from ..files import check_writable
+from ..models import SkipBackbone, SkipDiTTransformer2DModel, SkipLatteTransformer3DModel
+from ..models.presets import PRESETS
+from ..schedulers import make_scheduler
+from ..weights import DTYPES
+from .operations import Operations, count_operations
+
+__all__ = ["BenchPlan", "make_plan"]
+
+MODELS = {cls.__name__: cls for cls in (SkipDiTTransformer2DModel, SkipLatteTransformer3DModel)}
+PUBLISHED_VAE_SCALE = 8  # pixels per latent position
+PRESET_PIXELS, PRESET_FRAMES = 256, 16
+PRESET_CLASSES = {SkipDiTTransformer2DModel: 1000, SkipLatteTransformer3DModel: 101}  # ImageNet, UCF101
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """One bench.
+
+    Attributes:
+        name: The model as the user named it.
+        model_class, settings: What builds it, with random weights.
+        batch_size: Samples at once.
+        guided: Whether each sample passes the network twice a step.
+        sample_shape: Latents of the batch, [B, C, F, h, w] or [B, C, h, w].
+        pixels: Side of a sample (height if they differ).
+        caches: Interval -> setting, with the window of the task.
+        schedules: Interval -> the trajectory's steps, True for a full one; 1 stands for no cache.
+        shallow: Units that run at each end of a reused step.
+        sampler, steps: The trajectory.
+        device, dtype, compiled: `compiled` adds a second mode.
+        repeats: Timed pairs of a full and a reused step.
+        rounds: Timed samplings of each setting.
+        full, reused: Operations of the two kinds of step.
+        output: Folder of the report.
+    """
+
+    name: str
+    model_class: type[SkipBackbone]
+    settings: dict[str, Any]
+    batch_size: int
+    guided: bool
+    sample_shape: tuple[int, ...]
+    pixels: int
+    caches: dict[int, SkipCacheConfig]
+    schedules: dict[int, list[bool]]
+    shallow: int
+    sampler: str
+    steps: int
+    device: torch.device
+    dtype: str
+    compiled: bool
+    repeats: int
+    rounds: int
+    full: Operations
+    reused: Operations
+    output: Path
+
+    @property
+    def is_video(self) -> bool:
+        return len(self.sample_shape) == 5
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of what the network sees: under guidance both branches as one batch."""
+        return (self.batch_size * (2 if self.guided else 1), *self.sample_shape[1:])
+
+    @property
+    def share(self) -> float:
+        """Operations of a reused step / operations of a full one."""
+        return self.reused.total / self.full.total
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("eager", "compiled") if self.compiled else ("eager",)
+
+
+def make_plan(args: argparse.Namespace) -> BenchPlan:
+    """Check the options of `skipdit bench`; also sets the number of CPU threads.
+
+    Raises:
+        UserError: One of them is wrong; the message says which.
+    """
+    _check_numbers(args)
+    device = _device(args.device)
+    if args.dtype not in DTYPES:
+        raise UserError(f"--dtype {args.dtype}: choose from {', '.join(DTYPES)}.")
+    model_class, settings, scale = _find(args.model)
+    settings = _sized(model_class, settings, scale, args)
+    with torch.device("meta"):
+        try:
+            model = model_class(**settings)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--model {args.model}: {error}") from error
+    caches = _caches(model, args)
+    schedules = _schedules(caches, args)
+    cfg = model.config
+    frames = [cfg.num_frames] if model_class is SkipLatteTransformer3DModel else []
+    sample_shape = (args.batch_size, cfg.in_channels, *frames, *model._sides(cfg.sample_size))
+    guided = cfg.num_classes is not None and not args.no_guidance
+    input_shape = (args.batch_size * (2 if guided else 1), *sample_shape[1:])
+    shallow = next(iter(caches.values())).shallow
+    if args.compile:
+        _check_compiler(device)
+    output = check_writable(args.output)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return BenchPlan(
+        name=args.model,
+        model_class=model_class,
+        settings=settings,
+        batch_size=args.batch_size,
+        guided=guided,
+        sample_shape=sample_shape,
+        pixels=sample_shape[-2] * scale,
+        caches=caches,
+        schedules=schedules,
+        shallow=shallow,
+        sampler=args.sampler,
+        steps=args.steps,
+        device=device,
+        dtype=args.dtype,
+        compiled=args.compile,
+        repeats=args.repeats,
+        rounds=args.rounds,
+        full=count_operations(model, input_shape),
+        reused=count_operations(model, input_shape, shallow, reused=True),
+        output=output,
+    )
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("batch_size", "num_frames", "size", "shallow", "steps", "repeats", "rounds", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
+    if args.steps > 1000:
+        raise UserError(f"--steps {args.steps}: the noise schedule has 1000 timesteps; take at most as many.")
+    if min(args.intervals) < 2:
+        raise UserError(
+            f"--intervals {min(args.intervals)}: an interval is 2 or more; no cache is always measured."
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:<number>.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
+        )
+    return torch.device(name)
+
+
+def _find(name: str) -> tuple[type[SkipBackbone], dict[str, Any], int]:
+    """Class, constructor arguments and pixels per latent position of a preset or a folder."""
+    if name in PRESETS:
+        model_class, settings = PRESETS[name]
+        sizes = {
+            "sample_size": PRESET_PIXELS // PUBLISHED_VAE_SCALE,
+            "num_classes": PRESET_CLASSES[model_class],
+        }
+        if model_class is SkipLatteTransformer3DModel:
+            sizes["num_frames"] = PRESET_FRAMES
+        return model_class, {**settings, **sizes}, PUBLISHED_VAE_SCALE
+    if name.startswith(("DiT-", "Latte-")) and not Path(name).is_dir():
+        raise UserError(f"No preset {name!r}: {nearest(name, list(PRESETS))}")
+    for folder in (Path(name), CHECKOUT / name):  # the carried pipeline is found from any folder
+        for part in (folder / "transformer" / "config.json", folder / "config.json"):
+            if part.is_file():
+                return *_read(part), _vae_scale(folder / "vae" / "config.json")
+    raise UserError(
+        f"No model {name!r}: it is neither a preset such as Latte-XL/2-skip nor a folder with the "
+        "config.json of a model or pipeline."
+    )
+
+
+def _read(path: Path) -> tuple[type[SkipBackbone], dict[str, Any]]:
+    settings = _json(path)
+    model_class = MODELS.get(settings.get("_class_name"))
+    if model_class is None:
+        raise UserError(f"{path} is of a {settings.get('_class_name')}, not of one of {', '.join(MODELS)}.")
+    return model_class, {key: value for key, value in settings.items() if not key.startswith("_")}
+
+
+def _vae_scale(path: Path) -> int:
+    channels = _json(path).get("block_out_channels") if path.is_file() else None
+    return 2 ** (len(channels) - 1) if channels else PUBLISHED_VAE_SCALE
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not the config of a model.")
+    return content
+
+
+def _sized(
+    model_class: type[SkipBackbone], settings: dict[str, Any], scale: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The constructor arguments with the size that the options ask for."""
+    settings = dict(settings)
+    if args.num_frames is not None:
+        if model_class is not SkipLatteTransformer3DModel:
+            raise UserError(f"--num-frames {args.num_frames}: {args.model} makes pictures; leave it out.")
+        settings["num_frames"] = args.num_frames
+    if args.size is not None:
+        step = scale * settings.get("patch_size", 2)
+        if args.size % step:
+            raise UserError(f"--size {args.size} must be a multiple of {step} pixels for {args.model}.")
+        settings["sample_size"] = args.size // scale
+    return settings
+
+
+def _caches(model: SkipBackbone, args: argparse.Namespace) -> dict[int, SkipCacheConfig]:
+    task = "class-to-video" if isinstance(model, SkipLatteTransformer3DModel) else "class-to-image"
+    published = SkipCacheConfig.preset(task)
+    if not model.config.skip:
+        hint = (
+            f"use {args.model}-skip" if f"{args.model}-skip" in PRESETS else "take a model with skip='linear'"
+        )
+        raise UserError(f"{args.model} has no long skips, so a step cannot be reused: {hint}.")
+    shallow = args.shallow or published.shallow
+    try:
+        model.check_paths(shallow, None)
+    except ValueError as error:
+        raise UserError(f"--model {args.model}: {error}") from error
+    window = {"shallow": shallow, "start": published.start, "stop": published.stop}
+    return {interval: SkipCacheConfig(interval, **window) for interval in sorted(set(args.intervals))}
+
+
+def _schedules(caches: dict[int, SkipCacheConfig], args: argparse.Namespace) -> dict[int, list[bool]]:
+    try:
+        scheduler = make_scheduler(args.sampler)
+    except ValueError as error:
+        raise UserError(f"--sampler {args.sampler}: {error}") from error
+    scheduler.set_timesteps(args.steps)
+    timesteps = scheduler.timesteps.tolist()
+    schedules = {interval: cache.schedule(timesteps) for interval, cache in caches.items()}
+    return {1: [True] * len(timesteps), **schedules}
+
+
+def _check_compiler(device: torch.device) -> None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError(
+            "--compile on a CUDA device needs Triton, which is not installed: leave --compile out."
+        )
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if device.type == "cpu" and os.name == "posix" and not any(c and shutil.which(c) for c in compilers):
+        raise UserError("--compile on a CPU needs a C++ compiler, such as g++: install one or leave it out.")
