@@ -21,9 +21,7 @@ Schema = TypeVar("Schema")
 COMMAND_LINE = "the command line"
 
 
-def load_config(
-    schema: type[Schema], path: str | Path | None = None, overrides: Sequence[str] = ()
-) -> Schema:
+def load_config(schema: type[Schema], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Schema:
     """Read settings: the schema's defaults, then the file, then the overrides.
 
     Args:
@@ -55,9 +53,7 @@ def load_config(
     try:
         return OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
-        raise UserError(
-            f"{error.full_key} has no value: set it in {source} ({error.full_key}=...)."
-        ) from error
+        raise UserError(f"{error.full_key} has no value: set it in {source} ({error.full_key}=...).") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'Settings'} ({source}): {_first_line(error)}.") from error
     except ValueError as error:
@@ -106,9 +102,7 @@ def _merge(config: Any, schema: type, values: dict[str, Any], words: dict[str, A
         raise UserError(f"{error.full_key or ', '.join(values)} ({source}): {_first_line(error)}.") from error
 
 
-def _choose(
-    values: dict[str, Any], words: dict[str, Any], known: dict[str, Any], prefix: str = ""
-) -> dict[str, Any]:
+def _choose(values: dict[str, Any], words: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The user's mapping: words as typed where the schema has text ("007" is no 7), values elsewhere."""
     chosen = {}
     for name, value in values.items():
@@ -143,9 +137,7 @@ def _walk_schema(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk_schema(kind, f"{prefix}{field.name}.")
 
 
-def _walk_values(
-    values: dict[str, Any], known: dict[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, bool]]:
+def _walk_values(values: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
     """Dotted keys of the user's mapping; True marks a mapping where the schema has a section."""
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -183,9 +175,7 @@ def _parse_override(word: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The file's mapping twice: with values, and with plain words left as text."""
     if not path.is_file():
-        raise UserError(
-            f"{path} is not there: give the path of a YAML file, for example configs/digits/sample.yaml."
-        )
+        raise UserError(f"{path} is not there: give the path of a YAML file, for example configs/digits/sample.yaml.")
     try:
         text = path.read_text(encoding="utf-8")
         content, words = yaml.load(text, _Loader), yaml.load(text, _WordLoader)
@@ -211,9 +201,7 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key!r} is set twice", problem_mark=node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(problem=f"{key!r} is set twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -232,6 +220,4 @@ for _loader, _kinds in ((_Loader, _PLAIN_WORDS), (_WordLoader, ["null"])):
     _loader.yaml_implicit_resolvers = {}
     for _kind in _kinds:
         _pattern, _first = _PLAIN_WORDS[_kind]
-        _loader.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_pattern})$"), list(_first)
-        )
+        _loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_pattern})$"), list(_first))

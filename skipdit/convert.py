@@ -137,9 +137,7 @@ def _check(source: Path, output: Path, flat: bool, overwrite: bool) -> None:
         raise UserError(f"{output} exists and is of the other kind (file or folder): choose another name.")
 
 
-def _pipeline_parts(
-    vae: Path | None, scheduler: str | None, class_names: Path | None
-) -> Callable[[Any], Any]:
+def _pipeline_parts(vae: Path | None, scheduler: str | None, class_names: Path | None) -> Callable[[Any], Any]:
     """Read what belongs around the transformer, before the long work; gives transformer -> pipeline."""
     folder = vae or DEFAULT_VAE
     if not (folder / "config.json").is_file():
@@ -175,17 +173,13 @@ def _pipeline_parts(
 def _read_vae(folder: Path) -> Any:
     import diffusers
 
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
-        "_class_name", "AutoencoderKL"
-    )
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", "AutoencoderKL")
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
         raise UserError(f"{folder} holds a {name}: an AutoencoderKL or AutoencoderTiny is needed.")
     try:
         return getattr(diffusers, name).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} is no readable autoencoder ({str(error).splitlines()[0][:120]})."
-        ) from error
+        raise UserError(f"{folder} is no readable autoencoder ({str(error).splitlines()[0][:120]}).") from error
 
 
 def _names(path: Path) -> list[str]:
@@ -216,8 +210,4 @@ def _make_readable(path: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(i.stat().st_size for i in path.rglob("*") if i.is_file())
-    )
+    return path.stat().st_size if path.is_file() else sum(i.stat().st_size for i in path.rglob("*") if i.is_file())

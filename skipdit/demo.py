@@ -30,17 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50, help="sampler steps (50)")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="1: no guidance (4)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="timed runs of each speed; the median counts (3)"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each speed; the median counts (3)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, write the files, and print the table and where they are."""
-    table = run_demo(
-        args.model, args.output, args.steps, args.guidance_scale, args.seed, args.repeats, args.device
-    )
+    table = run_demo(args.model, args.output, args.steps, args.guidance_scale, args.seed, args.repeats, args.device)
     print(table)
     print(f"Clips (mp4, GIF), comparison.png and the table are in {args.output.resolve()}")
     return 0

@@ -22,9 +22,7 @@ def noise_schedule(device: torch.device) -> dict[str, torch.Tensor]:
         (clipped at t=0, where it would be -inf), the two ends of the learned variance.
     """
     steps = TRAINING_SCHEDULE["num_train_timesteps"]
-    beta = torch.linspace(
-        TRAINING_SCHEDULE["beta_start"], TRAINING_SCHEDULE["beta_end"], steps, dtype=torch.float64
-    )
+    beta = torch.linspace(TRAINING_SCHEDULE["beta_start"], TRAINING_SCHEDULE["beta_end"], steps, dtype=torch.float64)
     alpha = 1 - beta
     alpha_bar = alpha.cumprod(0)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])

@@ -48,7 +48,5 @@ def check_writable(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(
-            f"Cannot write to {folder} ({error.strerror}): choose another output folder."
-        ) from error
+        raise UserError(f"Cannot write to {folder} ({error.strerror}): choose another output folder.") from error
     return folder

@@ -181,18 +181,12 @@ def _check(config: SampleConfig, source: ModelSource) -> None:
         except ValueError as error:
             raise UserError(str(error)) from error
     if source.num_classes is None and (config.guidance_scale or 1) > 1:
-        raise UserError(
-            f"guidance_scale={config.guidance_scale:g}: this model is unconditional; leave it out."
-        )
+        raise UserError(f"guidance_scale={config.guidance_scale:g}: this model is unconditional; leave it out.")
     channels = source.model.config.in_channels
     if (config.guidance_channels or 1) > channels:
-        raise UserError(
-            f"guidance_channels={config.guidance_channels}: the latents have {channels} channels."
-        )
+        raise UserError(f"guidance_channels={config.guidance_channels}: the latents have {channels} channels.")
     if not source.is_video and (wrong := {"mp4", "gif", "frames"} & set(config.format)):
-        raise UserError(
-            f"format={sorted(wrong)[0]} is for clips: this model makes pictures; choose png or npz."
-        )
+        raise UserError(f"format={sorted(wrong)[0]} is for clips: this model makes pictures; choose png or npz.")
 
 
 def _caption(index: int, labels: Sequence[int] | None, names: Sequence[str]) -> str:

@@ -73,9 +73,7 @@ class ModelSource:
         pipeline.transformer.eval()
         pipeline.vae.eval()
         for part in (pipeline.transformer, pipeline.vae):
-            torch.nn.Module.to(
-                part, DTYPES[dtype]
-            )  # ModelMixin.to would warn of layers to keep, of which we have none
+            torch.nn.Module.to(part, DTYPES[dtype])  # ModelMixin.to would warn of layers to keep, of which we have none
         return pipeline.to(device)
 
     def _read_folder(self) -> SkipPipeline:
@@ -106,19 +104,13 @@ def find_model(config: SampleConfig) -> ModelSource:
     if (folder / "model_index.json").is_file():
         for key in ("checkpoint", "vae", "num_classes", "class_names"):
             if getattr(config, key) is not None:
-                raise UserError(
-                    f"{key} is for presets: the pipeline in {folder} has its own; leave {key} out."
-                )
+                raise UserError(f"{key} is for presets: the pipeline in {folder} has its own; leave {key} out.")
         return _find_folder(folder)
     if folder.is_dir():
-        raise UserError(
-            f"{folder} holds no pipeline (no model_index.json): pass a folder that save_pretrained wrote."
-        )
+        raise UserError(f"{folder} holds no pipeline (no model_index.json): pass a folder that save_pretrained wrote.")
     if config.model.startswith(("DiT-", "Latte-")):
         raise UserError(f"No preset {config.model!r}: {nearest(config.model, list(PRESETS))}")
-    raise UserError(
-        f"No model {config.model!r}: it is neither a folder nor a preset such as Latte-XL/2-skip."
-    )
+    raise UserError(f"No model {config.model!r}: it is neither a folder nor a preset such as Latte-XL/2-skip.")
 
 
 def _find_folder(folder: Path) -> ModelSource:
@@ -141,9 +133,7 @@ def _find_preset(config: SampleConfig) -> ModelSource:
         raise UserError(_missing(checkpoint, "checkpoint"))
     scale = _check_vae(config.vae)
     if config.image_size % scale:
-        raise UserError(
-            f"image_size={config.image_size} must be a multiple of {scale}, the autoencoder's scale."
-        )
+        raise UserError(f"image_size={config.image_size} must be a multiple of {scale}, the autoencoder's scale.")
     model_class, settings = PRESETS[config.model]
     settings = {
         **settings,

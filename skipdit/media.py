@@ -51,9 +51,7 @@ def write_mp4(path: str | Path, frames: Pixels, fps: float, crf: int = 12) -> No
     """
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     with written_whole(path) as temporary, av.open(str(temporary), "w") as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)}
-        )
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
@@ -110,9 +108,7 @@ def viewing_factor(height: int, width: int, least: int = 128) -> int:
     return max(1, math.ceil(least / max(height, width)))
 
 
-def make_grid(
-    clips: Pixels, captions: Sequence[str] | None = None, columns: int | None = None, gap: int = 4
-) -> Pixels:
+def make_grid(clips: Pixels, captions: Sequence[str] | None = None, columns: int | None = None, gap: int = 4) -> Pixels:
     """Lay clips out in rows, each under its caption; small ones (32 pixels, say) are enlarged to be seen.
 
     Args:
@@ -131,9 +127,7 @@ def make_grid(
         cells = add_captions(cells, captions)
     height, width = cells.shape[2:4]
     rows = math.ceil(count / columns)
-    canvas = np.full(
-        (length, rows * (height + gap) + gap, columns * (width + gap) + gap, 3), BACKGROUND, np.uint8
-    )
+    canvas = np.full((length, rows * (height + gap) + gap, columns * (width + gap) + gap, 3), BACKGROUND, np.uint8)
     for index, cell in enumerate(cells):
         row, column = divmod(index, columns)
         top, left = gap + row * (height + gap), gap + column * (width + gap)

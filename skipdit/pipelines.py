@@ -14,6 +14,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 
+# diffusers loads a saved component only from a module that is imported already, so that of the samplers is too.
+from . import schedulers  # noqa: F401
 from .models import SkipBackbone
 
 Labels = Sequence[int | str] | torch.Tensor

@@ -53,17 +53,13 @@ class SampleConfig:
             if word not in FORMATS:
                 raise ValueError(f"No format {word!r}: {nearest(word, FORMATS)}")
         if not self.model:
-            raise ValueError(
-                "No model to sample from: pass --config configs/digits/sample.yaml or model=<its folder>."
-            )
+            raise ValueError("No model to sample from: pass --config configs/digits/sample.yaml or model=<its folder>.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = describe(SampleConfig)
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file, such as configs/digits/sample.yaml"
-    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file, such as configs/digits/sample.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
 
 

@@ -36,9 +36,7 @@ STRANGERS = {
 }
 
 
-def infer_config(
-    state: State, where: str, num_heads: int | None = None, skip: str = "linear"
-) -> dict[str, Any]:
+def infer_config(state: State, where: str, num_heads: int | None = None, skip: str = "linear") -> dict[str, Any]:
     """Constructor arguments, with `_class_name`, of the model whose weights these are.
 
     Args:
@@ -56,18 +54,12 @@ def infer_config(
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
     heads = num_heads or HEADS.get(hidden)
     if heads is None:
-        raise UserError(
-            f"{where} has hidden size {hidden}, which is of no published model: pass --num-heads."
-        )
+        raise UserError(f"{where} has hidden size {hidden}, which is of no published model: pass --num-heads.")
     patches = state["pos_embed"].shape[1]
     if math.isqrt(patches) ** 2 != patches:
-        raise UserError(
-            f"{where} is of {patches} patches, which is no square: only square models are converted."
-        )
+        raise UserError(f"{where} is of {patches} patches, which is no square: only square models are converted.")
     config: dict[str, Any] = {
-        "_class_name": "SkipLatteTransformer3DModel"
-        if "temp_embed" in state
-        else "SkipDiTTransformer2DModel",
+        "_class_name": "SkipLatteTransformer3DModel" if "temp_embed" in state else "SkipDiTTransformer2DModel",
         "sample_size": math.isqrt(patches) * patch,
         "patch_size": patch,
         "in_channels": channels,
@@ -100,10 +92,7 @@ def build(state: State, config: dict[str, Any], where: str, dtype: str = "fp32")
     except ValueError as error:
         raise UserError(f"{where} is no model that can be built: {error}") from error
     _compare(state, model, where)
-    state = {
-        name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
-    }
+    state = {name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
@@ -117,9 +106,7 @@ def _compare(state: State, model: SkipBackbone, where: str) -> None:
     if extra := sorted(set(given) - set(wanted)):
         parts.append(f"not known: {_some(extra)}")
     differ = [
-        f"{name} {given[name]}, not {wanted[name]}"
-        for name in wanted
-        if given.get(name, wanted[name]) != wanted[name]
+        f"{name} {given[name]}, not {wanted[name]}" for name in wanted if given.get(name, wanted[name]) != wanted[name]
     ]
     if differ:
         parts.append(f"of another shape: {_some(differ)}")
@@ -156,9 +143,7 @@ def read_folder(folder: Path) -> tuple[State, dict[str, Any]]:
     try:
         config = json.loads((inner / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} is no diffusers folder: {inner / 'config.json'} cannot be read."
-        ) from error
+        raise UserError(f"{folder} is no diffusers folder: {inner / 'config.json'} cannot be read.") from error
     if config.get("_class_name") not in CLASSES:
         raise UserError(f"{inner} holds a {config.get('_class_name')}, not one of {', '.join(CLASSES)}.")
     files = sorted(inner.glob("*.safetensors")) or sorted(inner.glob("diffusion_pytorch_model*.bin"))

@@ -63,9 +63,7 @@ def measure(folder: Path, size: int, pairs: int) -> None:
     with (folder / "source").open("wb") as file:
         file.truncate(size)
     command = [sys.executable, __file__, "--serve", str(folder / "source")]
-    server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     url = server.stdout.readline().strip() + "/big.pt"
     try:
         rows = [one_pair(url, folder, size) for _ in range(pairs)]

@@ -121,9 +121,7 @@ def test_links_in_a_zip_are_refused(tmp_path):
     refused(make_zip(tmp_path / "a", {"x": b"/etc/passwd"}, stat.S_IFLNK | 0o777), "is a link")
 
 
-@pytest.mark.parametrize(
-    "kind", [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE], ids=["char", "block", "fifo"]
-)
+@pytest.mark.parametrize("kind", [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE], ids=["char", "block", "fifo"])
 def test_devices_and_pipes_in_a_tar_are_refused(kind, tmp_path):
     refused(make_tar(tmp_path / "a", {"x": b""}, kind), "device or pipe")
 

@@ -112,9 +112,7 @@ def test_bound_without_reuse_and_without_cost():
 def test_counts_in_the_documents(root):
     """The table of counted operations in docs/benchmarks.md is what the code counts."""
     page = (root / "docs/benchmarks.md").read_text()
-    rows = re.findall(
-        r"^\| (\S+-skip) \| (\d+x)?256x256 \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE
-    )
+    rows = re.findall(r"^\| (\S+-skip) \| (\d+x)?256x256 \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE)
     assert len(rows) >= 2
     for name, frames, full, reused, share in rows:
         with torch.device("meta"):

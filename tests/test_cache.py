@@ -341,7 +341,9 @@ def test_pyramid_attention_and_taylorseer_work_on_both():
         plain, cached = attached(pab, skip=skip)
         assert not torch.equal(cached, plain) and cached.isfinite().all()
         plain, cached = attached(
-            TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, cache_identifiers=[r"blocks\.\d+\.attn"]),
+            TaylorSeerCacheConfig(
+                cache_interval=3, disable_cache_before_step=2, cache_identifiers=[r"blocks\.\d+\.attn"]
+            ),
             skip=skip,
         )
         assert not torch.equal(cached, plain) and cached.isfinite().all()
@@ -365,4 +367,3 @@ def test_caches_that_cannot_work_are_refused_with_the_reason():
     with pytest.raises(ValueError):
         model.enable_cache(FirstBlockCacheConfig())
     assert not model.is_cache_enabled
-

@@ -88,10 +88,7 @@ def test_a_single_value_makes_a_list_of_one():
 def test_unknown_key_names_the_nearest_and_the_source(tmp_path):
     path = write(tmp_path, "model: m\nstep: 3\n")
     assert message(path, []) == f"No setting 'step' ({path}): did you mean 'steps'?"
-    assert (
-        message(None, ["model=m", "Cahce=off"])
-        == "No setting 'Cahce' (the command line): did you mean 'cache'?"
-    )
+    assert message(None, ["model=m", "Cahce=off"]) == "No setting 'Cahce' (the command line): did you mean 'cache'?"
     assert "did you mean 'optimizer.lr'?" in message(None, ["lr=1"])
     assert "did you mean 'optimizer.betas'?" in message(None, ["optimizer.beta=1"])
     assert "choose from model, steps" in message(None, ["zzzzzz=1"])
@@ -103,9 +100,7 @@ def test_wrong_type_names_the_key_and_the_source(tmp_path):
     assert error.startswith(f"steps ({path}): ") and "many" in error
     assert message(None, ["model=m", "optimizer.lr=fast"]).startswith("optimizer.lr (the command line): ")
     assert message(None, ["model=m", "steps=2.5"]).startswith("steps (the command line): ")
-    assert "is a section: set one of optimizer.lr, optimizer.betas" in message(
-        None, ["model=m", "optimizer=adam"]
-    )
+    assert "is a section: set one of optimizer.lr, optimizer.betas" in message(None, ["model=m", "optimizer=adam"])
     assert message(None, ["model=m", "steps.a=1"]).startswith("steps (the command line): ")
 
 
@@ -128,9 +123,7 @@ def test_malformed_files(tmp_path):
 
 
 def test_saved_settings_read_back_equal(tmp_path):
-    config = load_config(
-        Settings, None, ["model=off", "cache=off", "optimizer.lr=3e-5", "classes=['1', 'no']"]
-    )
+    config = load_config(Settings, None, ["model=off", "cache=off", "optimizer.lr=3e-5", "classes=['1', 'no']"])
     save_config(config, tmp_path / "new" / "settings.yaml")
     assert load_config(Settings, tmp_path / "new" / "settings.yaml") == config
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["settings.yaml"]

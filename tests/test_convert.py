@@ -64,9 +64,7 @@ def same(one: dict, other: dict) -> bool:
 def test_the_config_of_the_published_models_is_inferred(family):
     sizes = json.loads((GOLDEN / f"{family}_skip.json").read_text())
     tensors = load_file(GOLDEN / f"{family}_skip.safetensors")
-    state = {
-        name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")
-    }
+    state = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
     config = infer_config(state, "golden", num_heads=sizes["num_heads"])
     names = ("depth", "hidden_size", "num_heads", "num_classes", "sample_size", "patch_size", "in_channels")
     assert {name: config[name] for name in names} == {name: sizes[name] for name in names}
@@ -82,9 +80,7 @@ def test_the_config_of_the_published_models_is_inferred(family):
 def test_what_was_built_is_inferred(make, changes):
     model = make(**changes)
     config = infer_config(model.state_dict(), "file", num_heads=4)
-    kept = {
-        name: value for name, value in model.config.items() if name in config and not name.startswith("_")
-    }
+    kept = {name: value for name, value in model.config.items() if name in config and not name.startswith("_")}
     assert {name: config[name] for name in kept} == kept
     assert config["_class_name"] == type(model).__name__
 
@@ -116,9 +112,7 @@ def test_a_published_file_becomes_a_folder_that_samples_the_same(tmp_path, vae):
     source = save({"ema": state}, tmp_path / "tiny.pt")
     (tmp_path / "names.txt").write_text("1 Archery\r\n2 Biking\r\n3 Diving\r\n")
     said = convert(source, tmp_path / "out", vae=vae, num_heads=4, class_names=tmp_path / "names.txt")
-    assert said.startswith(
-        "Latte of depth 8 and hidden size 32 with linear skips (video, 4 frames, 3 classes) -> "
-    )
+    assert said.startswith("Latte of depth 8 and hidden size 32 with linear skips (video, 4 frames, 3 classes) -> ")
 
     direct = SkipLattePipeline(
         transformer=model, vae=AutoencoderKL.from_pretrained(vae), scheduler=make_scheduler("ddim")
@@ -130,9 +124,7 @@ def test_a_published_file_becomes_a_folder_that_samples_the_same(tmp_path, vae):
     for pipe in (direct, loaded):
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(1)
-        frames.append(
-            pipe(class_labels=[2], num_inference_steps=2, generator=generator, output_type="np").frames
-        )
+        frames.append(pipe(class_labels=[2], num_inference_steps=2, generator=generator, output_type="np").frames)
     assert frames[0].shape == (1, 4, 8, 8, 3)
     assert (frames[0] == frames[1]).all()
     assert loaded.get_label_ids(["Diving"]) == [2]
@@ -163,9 +155,7 @@ def test_a_training_checkpoint_shrinks_to_its_ema(tmp_path):
     """Four copies of the weights and a Namespace, as the published image model has, to one copy."""
     ema, model = dit(), dit(num_classes=5)
     weights = model.state_dict()
-    moments = {
-        name: {"exp_avg": value.clone(), "exp_avg_sq": value.clone()} for name, value in weights.items()
-    }
+    moments = {name: {"exp_avg": value.clone(), "exp_avg_sq": value.clone()} for name, value in weights.items()}
     content = {
         "model": weights,
         "ema": ema.state_dict(),
@@ -202,9 +192,7 @@ def change(state: dict, **changes) -> dict:
 
 
 def test_names_and_shapes_that_differ_are_listed(tmp_path):
-    state = change(
-        latte().state_dict(), **{"blocks.3.attn.proj.weight": None, "extra.weight": torch.zeros(1)}
-    )
+    state = change(latte().state_dict(), **{"blocks.3.attn.proj.weight": None, "extra.weight": torch.zeros(1)})
     state["blocks.1.mlp.fc2.bias"] = torch.zeros(7)
     with pytest.raises(UserError) as caught:
         convert(save(state, tmp_path / "odd.pt"), tmp_path / "out.pt", num_heads=4)
@@ -218,14 +206,8 @@ def test_names_and_shapes_that_differ_are_listed(tmp_path):
 
 def test_half_of_the_skips_missing_is_seen(tmp_path):
     state = latte().state_dict()
-    state = {
-        name: value
-        for name, value in state.items()
-        if not name.startswith(("skip_linears.1.", "skip_norms.1."))
-    }
-    with pytest.raises(
-        UserError, match=r"missing: skip_linears\.1\.linear\.bias, skip_linears\.1\.linear\.weight"
-    ):
+    state = {name: value for name, value in state.items() if not name.startswith(("skip_linears.1.", "skip_norms.1."))}
+    with pytest.raises(UserError, match=r"missing: skip_linears\.1\.linear\.bias, skip_linears\.1\.linear\.weight"):
         convert(save(state, tmp_path / "odd.pt"), tmp_path / "out.pt", num_heads=4)
 
 
@@ -284,7 +266,5 @@ def test_mistakes_are_told_before_any_work(tmp_path, vae):
     assert "name the file with .pt or .safetensors" in message(source, tmp_path / "out.ckpt")
     assert "no diffusers folder" in message(tmp_path / "there", tmp_path / "out.pt")
     (tmp_path / "names.txt").write_text("one\ntwo\n")
-    assert "2 names for 3 classes" in message(
-        source, tmp_path / "out", vae=vae, class_names=tmp_path / "names.txt"
-    )
+    assert "2 names for 3 classes" in message(source, tmp_path / "out", vae=vae, class_names=tmp_path / "names.txt")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.pt", "names.txt", "there", "vae"]

@@ -79,9 +79,7 @@ def test_classes_are_balanced():
 
 
 def test_splits_share_no_handwriting():
-    train, test = (
-        {image.tobytes() for group in digit_images(s) for image in group} for s in ("train", "test")
-    )
+    train, test = ({image.tobytes() for group in digit_images(s) for image in group} for s in ("train", "test"))
     assert not train & test
     sizes = [sum(map(len, digit_images(split))) for split in ("train", "test")]
     assert sum(sizes) == 1797 and sizes[1] == pytest.approx(1797 / 5, abs=10)

@@ -189,9 +189,7 @@ def what_a_script_runs(script: Path, further: list[str]) -> tuple[list[str], Pat
         for name in ("python", "accelerate"):
             stand_in = Path(folder, name)
             # `python -c ...` is the script's question whether this interpreter has the packages.
-            stand_in.write_text(
-                f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nprintf "%s\\0" "$PWD" {name} "$@" >"{note}"\n'
-            )
+            stand_in.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nprintf "%s\\0" "$PWD" {name} "$@" >"{note}"\n')
             stand_in.chmod(0o755)
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PYTHON": f"{folder}/python", "PATH": path}
@@ -235,9 +233,7 @@ def test_shell_blocks_of_page(path):
 def test_commands_in_the_text_of_page(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for span in re.findall(r"`([^`\n]+)`", text):
-        if re.match(
-            r"(make|skipdit|accelerate launch|conda env|python [\w/]+\.py|bash [\w/]+\.sh)( |$)", span
-        ):
+        if re.match(r"(make|skipdit|accelerate launch|conda env|python [\w/]+\.py|bash [\w/]+\.sh)( |$)", span):
             is_pattern = "..." in span or re.search(r" [A-Z]{2,}\b(?!=)|[\[|]", span)
             if match := re.fullmatch(r"skipdit ([a-z][a-z-]*)", span):  # the command's name, not a call
                 assert match[1] in COMMANDS, f"skipdit has no command {match[1]!r}"

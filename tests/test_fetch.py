@@ -44,9 +44,7 @@ def get(server: Server, client: Client, folder: Path, resource: Resource, expect
 
 def whole(folder: Path, body: bytes = BODY) -> bool:
     """The file is whole, and nothing else is left in the folder."""
-    return (
-        sorted(item.name for item in folder.iterdir()) == ["w.pt"] and (folder / "w.pt").read_bytes() == body
-    )
+    return sorted(item.name for item in folder.iterdir()) == ["w.pt"] and (folder / "w.pt").read_bytes() == body
 
 
 def test_plain_download_gives_size_digests_and_etag(server, client, tmp_path):
@@ -122,9 +120,7 @@ def test_a_trickle_is_followed_to_its_end(server, client, tmp_path):
 
 def test_silence_counts_as_a_cut(server, tmp_path):
     resource = Resource(BODY[:4000], trickle=(2000, 1.0))
-    resource.on_request = lambda item: setattr(
-        item, "trickle", item.trickle if len(server.requests) == 1 else None
-    )
+    resource.on_request = lambda item: setattr(item, "trickle", item.trickle if len(server.requests) == 1 else None)
     get(server, Client(idle=0.3, backoff=0.001), tmp_path, resource)
     assert [headers.get("Range") for headers in server.asked("/w.pt")] == [None, "bytes=2000-"]
     assert whole(tmp_path, BODY[:4000])
@@ -335,9 +331,7 @@ def test_a_full_disk_is_told_and_the_part_is_kept(server, tmp_path):
     command += [sys.executable, "-c", code, f"{server.url}/w.pt", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=60, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
     except FileNotFoundError:
         pytest.skip("no unshare here")
     if done.returncode == 77 or "unshare" in done.stderr:

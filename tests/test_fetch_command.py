@@ -66,9 +66,7 @@ def download(root: Path, *words: str) -> int:
 
 def files_below(folder: Path) -> list[str]:
     return sorted(
-        str(item.relative_to(folder))
-        for item in folder.rglob("*")
-        if item.is_file() and ".skipdit" not in item.parts
+        str(item.relative_to(folder)) for item in folder.rglob("*") if item.is_file() and ".skipdit" not in item.parts
     )
 
 
@@ -191,9 +189,7 @@ def test_the_cache_of_the_hub_is_filled_as_its_library_reads_it(server, root, tm
     files = {"model_index.json": b"{}", "unet/model.bin": SKIP, "zs2_576w/copy.bin": b"copy"}
     server.add_hub_repo("cerspense/zeroscope_v2_576w", files)
     assert download(root, "next-gpt/zeroscope") == 0
-    found = Path(
-        snapshot_download("cerspense/zeroscope_v2_576w", cache_dir=tmp_path / "hub", local_files_only=True)
-    )
+    found = Path(snapshot_download("cerspense/zeroscope_v2_576w", cache_dir=tmp_path / "hub", local_files_only=True))
     assert files_below(found) == ["model_index.json", "unet/model.bin"]
     assert (found / "unet/model.bin").read_bytes() == SKIP
     assert files_below(root) == []
@@ -311,9 +307,7 @@ def test_five_entries_of_one_archive_fetch_it_once(server, root):
 
 
 def test_members_are_checked_renamed_and_the_archive_removed(server, root, tmp_path):
-    server.resources["/models.zip"] = Resource(
-        zipped({"models/a.pth": b"aa", "models/b.pth": b"bb", "x": b"x"})
-    )
+    server.resources["/models.zip"] = Resource(zipped({"models/a.pth": b"aa", "models/b.pth": b"bb", "x": b"x"}))
     archive = {
         "kind": "archive",
         "archive": {"kind": "url", "url": f"{server.url}/models.zip"},
@@ -362,9 +356,7 @@ def test_data_sets_are_unpacked_and_their_layout_checked(server, root, monkeypat
     assert download(root, "data/skytimelapse") == 0
     assert len(files_below(root / "data/skytimelapse")) == 1000
     assert download(root, "--verify", "--", "data/skytimelapse") == 0
-    server.add_hub_repo(
-        "maxin-cn/FaceForensics", {"FaceForensics.zip": zipped({"a.mp4": b"1"})}, kind="datasets"
-    )
+    server.add_hub_repo("maxin-cn/FaceForensics", {"FaceForensics.zip": zipped({"a.mp4": b"1"})}, kind="datasets")
     assert download(root, "data/faceforensics") == 1
     assert "1 files match **/*.*, at least 500 were expected" in capsys.readouterr().err
 
@@ -410,8 +402,7 @@ def test_modelscope_lists_and_the_own_client_fetches(server, root, tmp_path, mon
     for repo, name in (("iic/HiGen", "higen.pth"), ("iic/tf-t2v", "tft2v.pth")):
         files = {name: SKIP + name.encode(), "open_clip.bin": shared, "README.md": repo.encode()}
         rows = [
-            {"Path": path, "Type": "blob", "Size": len(body), "Sha256": sha256(body)}
-            for path, body in files.items()
+            {"Path": path, "Type": "blob", "Size": len(body), "Sha256": sha256(body)} for path, body in files.items()
         ]
         listing = {"Code": 200, "Success": True, "Message": "", "Data": {"Files": rows}}
         server.resources[f"/api/v1/models/{repo}/repo/files"] = Resource(
@@ -483,9 +474,7 @@ def test_a_package_file_comes_through_pip_with_its_hash_checked(root, tmp_path, 
 def test_the_script_takes_the_checkout_as_root(tmp_path):
     script = Path(__file__).parents[1] / "pretrained" / "download_ckpts.py"
     command = [sys.executable, str(script), "--list", "skip-dit/ucf101-skip"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ}, check=True
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ}, check=True)
     assert done.stdout.splitlines()[0] == f"Root: {script.parents[1]}"
 
 

@@ -32,9 +32,7 @@ def decoded(path) -> tuple[np.ndarray, float]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)]), float(
-            stream.average_rate
-        )
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)]), float(stream.average_rate)
 
 
 def decibels(a: np.ndarray, b: np.ndarray) -> float:

@@ -40,7 +40,9 @@ def test_trajectories_agree_with_the_published_code(family, monkeypatch):
         pipe = pipeline(family, recorded["method"])
         # The recorded noise of each DDPM step takes the place of the generator's.
         noise = iter(tensors["sample.ddpm_step_noise"])
-        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, noise=noise, **__: next(noise))
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, noise=noise, **__: next(noise)
+        )
         pipe.transformer.enable_cache(
             SkipCacheConfig(
                 interval=recorded["interval"],
@@ -171,7 +173,9 @@ def test_save_and_load_with_names(tmp_path):
     assert loaded.class_names == NAMES[:5]
     assert type(loaded.scheduler) is type(pipe.scheduler)
     by_index = pipe([2, 0], num_inference_steps=3, generator=torch.manual_seed(0), output_type="latent").frames
-    by_name = loaded(["cat", "apple"], num_inference_steps=3, generator=torch.manual_seed(0), output_type="latent").frames
+    by_name = loaded(
+        ["cat", "apple"], num_inference_steps=3, generator=torch.manual_seed(0), output_type="latent"
+    ).frames
     assert torch.equal(by_index, by_name)
 
 
@@ -185,7 +189,9 @@ def test_output_types_agree():
     assert np.allclose(out["pt"].frames.permute(0, 1, 3, 4, 2).numpy(), out["np"].frames)
     pixels = np.stack([np.stack([np.asarray(frame) for frame in clip]) for clip in out["pil"].frames])
     assert np.array_equal(pixels, (out["np"].frames * 255).round().astype(np.uint8))
-    one_by_one = pipe([0, 4], num_inference_steps=2, generator=torch.manual_seed(0), output_type="np", decode_chunk_size=1)
+    one_by_one = pipe(
+        [0, 4], num_inference_steps=2, generator=torch.manual_seed(0), output_type="np", decode_chunk_size=1
+    )
     assert np.allclose(one_by_one.frames, out["np"].frames, atol=1e-5)
 
 

@@ -83,8 +83,7 @@ def test_files_do_not_depend_on_the_batch_size(kind, folders, tmp_path):
 
 def test_the_seed_decides(folders, tmp_path):
     first, again, other = (
-        samples(settings(folders["video"], tmp_path / str(number), seed=seed))
-        for number, seed in enumerate((3, 3, 4))
+        samples(settings(folders["video"], tmp_path / str(number), seed=seed)) for number, seed in enumerate((3, 3, 4))
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first.astype(int) - other).max() > 20

@@ -271,9 +271,7 @@ def test_two_processes_equal_one(trainer, words, tmp_path):
 
 
 def test_loss_goes_down_on_a_fixed_batch(trainer, tmp_path):
-    trainer(
-        "fixed", "data.arguments.length=4", "max_steps=100", "optimizer.lr=3e-3", "mixed_precision=bf16"
-    ).fit()
+    trainer("fixed", "data.arguments.length=4", "max_steps=100", "optimizer.lr=3e-3", "mixed_precision=bf16").fit()
     losses = [entry["mse"] for entry in log_of(tmp_path / "fixed")]
     assert sum(losses[:5]) / 5 > 0.95
     assert sum(losses[-20:]) / 20 < 0.6
@@ -300,8 +298,7 @@ def test_clipping_bounds_the_step_and_waits_its_turn(trainer, tmp_path):
     [entry, *_] = log_of(tmp_path / "clipped")
     assert entry["grad_norm"] > 1e-2  # as it was before clipping
     moments = [
-        torch.load(final(tmp_path / name) / "optimizer.bin", weights_only=True)["state"]
-        for name in ("free", "clipped")
+        torch.load(final(tmp_path / name) / "optimizer.bin", weights_only=True)["state"] for name in ("free", "clipped")
     ]
     sizes = [math.sqrt(sum(float(m["exp_avg"].square().sum()) for m in state.values())) for state in moments]
     assert sizes[1] < 0.2e-3 < sizes[0]  # the first moment is at most (1 - 0.9 ** 2) of the bound
@@ -364,9 +361,7 @@ def test_exported_pipeline_has_the_average_and_samples(trainer, tmp_path):
 
 
 def test_unconditional_training(trainer, tmp_path):
-    trainer(
-        "run", "model.arguments.num_classes=null", "preview.every=3", "preview.num_samples=2", "max_steps=3"
-    ).fit()
+    trainer("run", "model.arguments.num_classes=null", "preview.every=3", "preview.num_samples=2", "max_steps=3").fit()
     pipeline = SkipLattePipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipeline.transformer.null_class is None
 

@@ -42,9 +42,7 @@ def test_every_setting_is_read(key):
     own = [ROOT / "skipdit" / "training" / f"{name}.py" for name in ("config", "autoencoder")]
     readers = [path for path in (ROOT / "skipdit" / "training").glob("*.py") if path not in own]
     text = "\n".join(path.read_text() for path in readers) + "\n".join(
-        re.findall(
-            r"def per_pass.*?(?=\n    @|\n\n\n)|def folder.*?(?=\n\n\n)", own[0].read_text(), flags=re.S
-        )
+        re.findall(r"def per_pass.*?(?=\n    @|\n\n\n)|def folder.*?(?=\n\n\n)", own[0].read_text(), flags=re.S)
     )
     assert re.search(rf"\.{key.rsplit('.', 1)[-1]}\b", text), f"nothing reads {key}"
 
@@ -79,9 +77,7 @@ def test_values_that_cannot_work(words, message):
 def test_batch_size_is_global():
     config = settings("batch_size=24", "gradient_accumulation_steps=2")
     assert [config.per_pass(processes) for processes in (1, 2, 4)] == [12, 6, 3]
-    with pytest.raises(
-        UserError, match="batch_size=24 does not divide by 5 process.*choose a multiple of 10"
-    ):
+    with pytest.raises(UserError, match="batch_size=24 does not divide by 5 process.*choose a multiple of 10"):
         config.per_pass(5)
 
 
@@ -120,9 +116,7 @@ def test_missing_vae_names_the_command(tmp_path):
 def test_learning_rate_is_a_function_of_the_step():
     constant = lr_multiplier(settings("lr_schedule.name=constant", "lr_schedule.warmup_steps=4"))
     assert [constant(step) for step in (0, 1, 4, 1000)] == [0, 0.25, 1, 1]
-    cosine = lr_multiplier(
-        settings("lr_schedule.name=cosine", "lr_schedule.warmup_steps=10", "max_steps=110")
-    )
+    cosine = lr_multiplier(settings("lr_schedule.name=cosine", "lr_schedule.warmup_steps=10", "max_steps=110"))
     assert [cosine(step) for step in (5, 10, 60, 110)] == pytest.approx([0.5, 1, 0.5, 0])
     with pytest.raises(UserError, match="lr_schedule.name='cosin'"):
         lr_multiplier(settings("lr_schedule.name=cosin"))
@@ -287,9 +281,7 @@ def test_what_to_resume_from(tmp_path):
 def test_resume_compares_the_settings(tmp_path):
     saved = dataclasses.asdict(settings("batch_size=8", "optimizer.lr=1e-3", "log_every=5"))
     checkpointing.check_same_run(saved, settings("batch_size=8"), tmp_path)
-    assert checkpointing.changed_settings(saved, settings("batch_size=8")) == [
-        "optimizer.lr was 0.001, is 0.0001"
-    ]
+    assert checkpointing.changed_settings(saved, settings("batch_size=8")) == ["optimizer.lr was 0.001, is 0.0001"]
     other = settings("batch_size=4", "model.arguments.depth=8", "data.num_workers=0")
     with pytest.raises(UserError) as raised:
         checkpointing.check_same_run(saved, other, tmp_path)

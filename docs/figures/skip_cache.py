@@ -35,9 +35,7 @@ def unit(axes: Axes, x: float, y: float, name: str, runs: bool) -> None:
             linewidth=1.2,
         )
     )
-    axes.text(
-        x + WIDTH / 2, y, name, ha="center", va="center", fontsize=10.5, color="white" if runs else PALE
-    )
+    axes.text(x + WIDTH / 2, y, name, ha="center", va="center", fontsize=10.5, color="white" if runs else PALE)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, **style) -> None:

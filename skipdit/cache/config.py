@@ -54,7 +54,9 @@ class SkipCacheConfig:
         """
         match = _SPELLING.fullmatch(text.strip())
         if not match:
-            raise ValueError(f"Cache setting {text!r} is not spelled N<interval>-<start>-<stop>, for example N2-900-50.")
+            raise ValueError(
+                f"Cache setting {text!r} is not spelled N<interval>-<start>-<stop>, for example N2-900-50."
+            )
         interval, start, stop = match.groups()
         window = {} if start is None else {"start": int(start), "stop": int(stop)}
         return cls(interval=int(interval), shallow=shallow, **window)

@@ -85,7 +85,9 @@ class SkipCacheHook(ModelHook):
             raise ValueError("Skip-Cache is enabled and chooses the path itself: leave shallow and deep_features out.")
         context = self.states.context
         if context.timestep is None or context.step_index is None:
-            raise ValueError("Skip-Cache needs cache_context(name, step_index=..., timestep=...) around the model call.")
+            raise ValueError(
+                "Skip-Cache needs cache_context(name, step_index=..., timestep=...) around the model call."
+            )
         state = self._current_state(context, hidden_states)
         if context.step_index != state.step_index:  # else: another call within one step, same decision
             timestep = float(context.timestep)

@@ -38,9 +38,7 @@ def digit_images(split: str) -> tuple[np.ndarray, ...]:
     images = (source.images / 16.0).astype(np.float32)
     by_class = [images[source.target == digit] for digit in range(len(DIGIT_NAMES))]
     held_out = [np.arange(len(group)) % _TEST_EVERY == _TEST_EVERY - 1 for group in by_class]
-    return tuple(
-        group[mask if split == "test" else ~mask] for group, mask in zip(by_class, held_out, strict=True)
-    )
+    return tuple(group[mask if split == "test" else ~mask] for group, mask in zip(by_class, held_out, strict=True))
 
 
 class MovingDigits(Dataset):
@@ -100,9 +98,7 @@ class MovingDigits(Dataset):
                 f"not {self.digit_size}."
             )
         if not 0 <= self.speed[0] <= self.speed[1]:
-            raise ValueError(
-                f"speed must be (lowest, highest) with 0 <= lowest <= highest, not {self.speed}."
-            )
+            raise ValueError(f"speed must be (lowest, highest) with 0 <= lowest <= highest, not {self.speed}.")
 
     def __len__(self) -> int:
         return self.length

@@ -159,8 +159,7 @@ def _pipelines(plan: BenchPlan) -> dict[str, SkipPipeline]:
         models["compiled"].compile()
     pipeline_class = SkipLattePipeline if plan.is_video else SkipDiTPipeline
     pipelines = {
-        mode: pipeline_class(model, vae=None, scheduler=make_scheduler(plan.sampler))
-        for mode, model in models.items()
+        mode: pipeline_class(model, vae=None, scheduler=make_scheduler(plan.sampler)) for mode, model in models.items()
     }
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)

@@ -154,9 +154,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.steps > 1000:
         raise UserError(f"--steps {args.steps}: the noise schedule has 1000 timesteps; take at most as many.")
     if min(args.intervals) < 2:
-        raise UserError(
-            f"--intervals {min(args.intervals)}: an interval is 2 or more; no cache is always measured."
-        )
+        raise UserError(f"--intervals {min(args.intervals)}: an interval is 2 or more; no cache is always measured.")
 
 
 def _device(name: str) -> torch.device:
@@ -166,9 +164,7 @@ def _device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:<number>.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
-        )
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu.")
     return torch.device(name)
 
 
@@ -239,9 +235,7 @@ def _caches(model: SkipBackbone, args: argparse.Namespace) -> dict[int, SkipCach
     task = "class-to-video" if isinstance(model, SkipLatteTransformer3DModel) else "class-to-image"
     published = SkipCacheConfig.preset(task)
     if not model.config.skip:
-        hint = (
-            f"use {args.model}-skip" if f"{args.model}-skip" in PRESETS else "take a model with skip='linear'"
-        )
+        hint = f"use {args.model}-skip" if f"{args.model}-skip" in PRESETS else "take a model with skip='linear'"
         raise UserError(f"{args.model} has no long skips, so a step cannot be reused: {hint}.")
     shallow = args.shallow or published.shallow
     try:
@@ -265,9 +259,7 @@ def _schedules(caches: dict[int, SkipCacheConfig], args: argparse.Namespace) -> 
 
 def _check_compiler(device: torch.device) -> None:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError(
-            "--compile on a CUDA device needs Triton, which is not installed: leave --compile out."
-        )
+        raise UserError("--compile on a CUDA device needs Triton, which is not installed: leave --compile out.")
     compilers = (os.environ.get("CXX"), "g++", "clang++")
     if device.type == "cpu" and os.name == "posix" and not any(c and shutil.which(c) for c in compilers):
         raise UserError("--compile on a CPU needs a C++ compiler, such as g++: install one or leave it out.")

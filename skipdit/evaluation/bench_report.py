@@ -129,9 +129,7 @@ def _software() -> dict[str, str | None]:
 def to_markdown(report: dict[str, Any]) -> str:
     """Two tables under a line on what was measured, and a sentence for each mode on the aim."""
     return (
-        "\n\n".join(
-            [_about(report), _steps_table(report), _verdict(report), _sampling_table(report), _notes(report)]
-        )
+        "\n\n".join([_about(report), _steps_table(report), _verdict(report), _sampling_table(report), _notes(report)])
         + "\n"
     )
 
@@ -181,9 +179,7 @@ def _verdict(report: dict[str, Any]) -> str:
     for mode, result in report["modes"].items():
         cost = result["cost_per_operation"]
         judgement = f"within the aim of {AIM}" if cost <= AIM else f"above the aim of {AIM}"
-        lines.append(
-            f"A reused step ({mode}) takes {cost:.2f} times its share of the operations: {judgement}."
-        )
+        lines.append(f"A reused step ({mode}) takes {cost:.2f} times its share of the operations: {judgement}.")
     load, cores = report["hardware"].get("load"), report["hardware"]["cores"]
     # This run itself is a load of at most the cores; more than them has had to share.
     if load is not None and load > cores + 0.5:
@@ -215,7 +211,7 @@ def _notes(report: dict[str, Any]) -> str:
     first = next(iter(report["modes"].values()))
     pairs, rounds = first["full"]["repeats"], first["sampling"][0]["seconds"]["repeats"]
     return (
-        f"Medians (least..most) of {pairs} forwards and {rounds} samplings, taken in turns, without decoding.\n"
+        f"Medians (least..most) of {pairs} forwards and {rounds} samplings in turns, without decoding.\n"
         "Bound: the speed-up if a reused step cost exactly its share of the operations."
     )
 
@@ -249,9 +245,7 @@ def _plot(report: dict[str, Any], path: Path) -> None:
             [max(0, row["speedup"] - uncached / row["seconds"]["most"]) for row in result["sampling"]],
             [max(0, uncached / row["seconds"]["least"] - row["speedup"]) for row in result["sampling"]],
         ]
-        axes.errorbar(
-            intervals, speedups, spread, fmt="o-", capsize=3, color=f"C{number}", label=f"measured, {mode}"
-        )
+        axes.errorbar(intervals, speedups, spread, fmt="o-", capsize=3, color=f"C{number}", label=f"measured, {mode}")
     setting = report["setting"]
     axes.set_xticks(intervals, ["off" if interval == 1 else str(interval) for interval in intervals])
     axes.set_xlabel("interval N of Skip-Cache")

@@ -93,9 +93,7 @@ def generated_accuracy(clips: torch.Tensor, labels: Sequence[int] | torch.Tensor
     """
     labels = torch.as_tensor(labels)
     if labels.shape != clips.shape[:1] or not len(labels):
-        raise ValueError(
-            f"One label for each clip is needed, not {tuple(labels.shape)} for {len(clips)} clips."
-        )
+        raise ValueError(f"One label for each clip is needed, not {tuple(labels.shape)} for {len(clips)} clips.")
     right = _classifier(tuple(clips.shape[-2:]), seed).predict(clips) == labels
     return {
         "accuracy": right.double().mean().item(),

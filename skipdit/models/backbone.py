@@ -20,7 +20,7 @@ class SkipTransformerOutput(BaseOutput):
     """What a backbone returns.
 
     Attributes:
-        sample: Model output, noise prediction first, then (learn_sigma) the variance: [B, 2C, F, h, w] or [B, 2C, h, w].
+        sample: Noise prediction first, then (learn_sigma) the variance: [B, 2C, F, h, w] or [B, 2C, h, w].
         deep_features: Input of unit `num_units - shallow`, before its skip fusion; None unless `shallow` was given.
     """
 
@@ -137,7 +137,9 @@ class SkipBackbone(ModelMixin, ConfigMixin, CacheMixin):
             axes = "[B, C, F, height, width]" if ndim == 5 else "[B, C, height, width]"
             raise ValueError(f"Expected latents {axes} with C={cfg.in_channels}, got {list(hidden_states.shape)}.")
         if any(side % cfg.patch_size for side in hidden_states.shape[-2:]):
-            raise ValueError(f"Latents of {list(hidden_states.shape[-2:])} do not divide into patches of {cfg.patch_size}.")
+            raise ValueError(
+                f"Latents of {list(hidden_states.shape[-2:])} do not divide into patches of {cfg.patch_size}."
+            )
 
     # ------------------------------------------------------------------ conditioning
 

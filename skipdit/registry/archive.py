@@ -168,8 +168,7 @@ def refuse_packed(path: Path) -> None:
     if volumes or re.fullmatch(r"\.z\d\d", path.suffix) or _spans_disks(path):
         whole = path.with_suffix(".zip")
         raise ByHand(
-            f"{whole} is one of several volumes: install 7z (package p7zip-full), then run: "
-            f"7z x -o{target} {whole}"
+            f"{whole} is one of several volumes: install 7z (package p7zip-full), then run: 7z x -o{target} {whole}"
         )
 
 

@@ -30,9 +30,7 @@ class Catalogue:
     def entries(self) -> list[Entry]:
         return [entry for system in self.systems for entry in system.entries]
 
-    def select(
-        self, ids: Sequence[str] = (), system: str | None = None, set_name: str | None = None
-    ) -> list[Entry]:
+    def select(self, ids: Sequence[str] = (), system: str | None = None, set_name: str | None = None) -> list[Entry]:
         """Choose entries, in the order of the files, each once.
 
         Args:
@@ -67,9 +65,7 @@ def _matching(entries: list[Entry], ids: Sequence[str]) -> list[Entry]:
     for word in ids:
         found = [word] if word in known else fnmatch.filter(known, word)
         if not found:
-            raise UserError(
-                f"No entry {word!r}: {nearest(word, known)} ('--list --set all' shows every entry)"
-            )
+            raise UserError(f"No entry {word!r}: {nearest(word, known)} ('--list --set all' shows every entry)")
         wanted.update(found)
     return [entry for entry in entries if entry.id in wanted]
 
@@ -98,18 +94,14 @@ def load_catalogue(own_files: Sequence[Path] = ()) -> Catalogue:
     """
     files = shipped_files()
     if not files and not own_files:
-        raise UserError(
-            "The registry files are not there: install the package anew, or pass --registry FILE."
-        )
+        raise UserError("The registry files are not there: install the package anew, or pass --registry FILE.")
     systems, seen = [], {}
     for path in (*files, *map(Path, own_files)):
         system = _read(path)
         systems.append(system)
         for entry in system.entries:
             if entry.id in seen:
-                raise UserError(
-                    f"{path}: the id {entry.id!r} is already used in {seen[entry.id]}: choose another."
-                )
+                raise UserError(f"{path}: the id {entry.id!r} is already used in {seen[entry.id]}: choose another.")
             seen[entry.id] = path
     own = tuple(system.system for system in systems[len(files) :])
     return Catalogue(tuple(systems), own)

@@ -38,9 +38,7 @@ HTTPS_PROXY, HTTP_PROXY, NO_PROXY; REQUESTS_CA_BUNDLE."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = EPILOG
-    parser.add_argument(
-        "ids", nargs="*", metavar="ID", help="entries, by id or pattern such as 'sam-pt/raft/*'"
-    )
+    parser.add_argument("ids", nargs="*", metavar="ID", help="entries, by id or pattern such as 'sam-pt/raft/*'")
     parser.add_argument("--system", help="entries of one system: Skip-DiT, datasets, SAM-PT, Vitron, ...")
     parser.add_argument(
         "--set",
@@ -58,18 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a registry file of your own",
     )
     action = parser.add_mutually_exclusive_group()
-    action.add_argument(
-        "--list", action="store_true", help="show what is there, missing, damaged; fetch nothing"
-    )
+    action.add_argument("--list", action="store_true", help="show what is there, missing, damaged; fetch nothing")
     action.add_argument("--tree", action="store_true", help="show the documented folder tree; fetch nothing")
     action.add_argument("--dry-run", action="store_true", help="show the plan; fetch nothing")
     action.add_argument(
         "--verify", nargs="?", const="hash", type=_level, metavar="size|hash",
         help="check what is there by size or (default) by hash; fetch nothing",
     )  # fmt: skip
-    parser.add_argument(
-        "--offline", action="store_true", help="use no network; missing entries end in status 5"
-    )
+    parser.add_argument("--offline", action="store_true", help="use no network; missing entries end in status 5")
     parser.add_argument(
         "--mirror", action="append", default=[], metavar="[PREFIX=]URL",
         help="URL: the hub's files come from there, no token is sent; PREFIX=URL: other links likewise",
@@ -183,9 +177,7 @@ def _fetch(entries: list[Entry], root: Path, records: Records, args: argparse.Na
     if offline:
         missing = [entry for entry in entries if entry.id not in plan.there]
         for entry in missing:
-            plan.problems[entry.id] = MissingOffline(
-                f"{entry.id} is missing, and the network is not to be used."
-            )
+            plan.problems[entry.id] = MissingOffline(f"{entry.id} is missing, and the network is not to be used.")
     say = print if not args.json else (lambda *words: print(*words, file=sys.stderr))
     for line in plan_lines(plan, root):
         say(line)
@@ -250,7 +242,5 @@ def _result(plan: Plan, outcomes: dict[str, Outcome], errors: dict[str, FetchErr
             for name, outcome in outcomes.items()
             if outcome.error is None
         },
-        "errors": {
-            name: {"status": int(error.status), "message": str(error)} for name, error in errors.items()
-        },
+        "errors": {name: {"status": int(error.status), "message": str(error)} for name, error in errors.items()},
     }

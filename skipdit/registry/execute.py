@@ -107,9 +107,7 @@ def _finish(outcome: Outcome, root: Path, records: Records) -> None:
     elif entry.is_folder and entry.path != HUB_CACHE and (lacks := missing_parts(entry, root / entry.path)):
         outcome.error = Failed(f"{entry.id}: fetched, but not whole: {'; '.join(lacks[:3])}.")
     if outcome.error is None or isinstance(outcome.error, ByHand):
-        source = (
-            f"{entry.source.kind} {getattr(entry.source, 'repo', '') or getattr(entry.source, 'url', '')}"
-        )
+        source = f"{entry.source.kind} {getattr(entry.source, 'repo', '') or getattr(entry.source, 'url', '')}"
         files = tuple(sorted(outcome.files, key=lambda item: item.path))
         records.put(Record(entry.id, source.strip(), outcome.revision, files))
 
@@ -121,9 +119,7 @@ def _packed(entry: Entry, root: Path, files: list[FileRecord]) -> FetchError:
         tool, run = "unrar, or 7z (package p7zip-full)", f"unrar x {root / first.path} {folder}/"
     else:
         tool, run = "7z (package p7zip-full)", f"7z x -o{folder} {root / first.path}"
-    return ByHand(
-        f"{entry.id} is fetched and left packed: install {tool}, run '{run}', then '--verify {entry.id}'."
-    )
+    return ByHand(f"{entry.id} is fetched and left packed: install {tool}, run '{run}', then '--verify {entry.id}'.")
 
 
 @dataclass
@@ -194,9 +190,7 @@ class _Worker:
 
     def _from_package(self, task: Task) -> list[tuple[Place, int, str]]:
         got: list[tuple[Place, int, str]] = []
-        with_package(
-            task.remote.package, task.at.parent, lambda file: got.extend(_members(file, task.places))
-        )
+        with_package(task.remote.package, task.at.parent, lambda file: got.extend(_members(file, task.places)))
         return got
 
     def _from_archive(self, task: Task, progress: Callable) -> list[tuple[Place, int, str]]:

@@ -11,9 +11,7 @@ __all__ = ["locked"]
 
 
 @contextmanager
-def locked(
-    target: Path, stopped: Callable[[], bool], waiting: Callable[[], None] = lambda: None
-) -> Iterator[None]:
+def locked(target: Path, stopped: Callable[[], bool], waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the lock of `target` (a hidden file beside it; the kernel drops it when a process dies).
 
     Args:

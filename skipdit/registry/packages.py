@@ -32,9 +32,7 @@ def with_package(source: PypiSource, beside: Path, use: Callable[[Path], None]) 
     with tempfile.TemporaryDirectory(prefix=".pip-", dir=beside) as name:
         folder = Path(name)
         wanted = folder / "wanted.txt"
-        wanted.write_text(
-            f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n", encoding="utf-8"
-        )
+        wanted.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
         command += [
             "--disable-pip-version-check",
@@ -47,17 +45,13 @@ def with_package(source: PypiSource, beside: Path, use: Callable[[Path], None]) 
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         text = (done.stderr + done.stdout).strip()
         if "DO NOT MATCH THE HASHES" in text:
-            raise Mismatch(
-                f"{source.package} {source.version}: the package file has another sha256 than pinned."
-            )
+            raise Mismatch(f"{source.package} {source.version}: the package file has another sha256 than pinned.")
         if done.returncode:
             last = next((line for line in reversed(text.splitlines()) if "rror" in line), text[-200:])
             raise Failed(f"pip could not download {source.package}=={source.version}: {last.strip()}")
         files = [item for item in folder.iterdir() if item != wanted]
         if len(files) != 1:
-            raise Failed(
-                f"pip downloaded {len(files)} files for {source.package}=={source.version}, not one."
-            )
+            raise Failed(f"pip downloaded {len(files)} files for {source.package}=={source.version}, not one.")
         use(files[0])
 
 

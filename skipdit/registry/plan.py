@@ -81,9 +81,7 @@ class Task:
             packed = self.remote.expected.size or self.remote.announced or self.estimate or 0
             known = isinstance(source, ArchiveSource) and source.unpacked
             return (parse_size(source.unpacked, self.folder[0].units) or 0) if known else packed
-        sizes = [
-            place.expected.size or place.entry.size_estimate or 0 for place in self.places if place.member
-        ]
+        sizes = [place.expected.size or place.entry.size_estimate or 0 for place in self.places if place.member]
         return sum(sizes)
 
 
@@ -169,9 +167,7 @@ def _ask(resolver: Resolver, entry: Entry) -> list[Remote] | FetchError:
         return error
 
 
-def _add(
-    tasks: dict[tuple, Task], entry: Entry, remotes: list[Remote], root: Path, record: Record | None
-) -> None:
+def _add(tasks: dict[tuple, Task], entry: Entry, remotes: list[Remote], root: Path, record: Record | None) -> None:
     source = entry.source
     goal = root / entry.path
     packed = isinstance(source, ArchiveSource) and source.format in PACKED_FORMATS
@@ -239,9 +235,7 @@ def _refuse_collisions(tasks: list[Task]) -> None:
                     "files: fetch one of them with another --root, or leave the file out ('ignore')."
                 )
             if other is not place and str(other.target) != str(place.target):
-                raise UserError(
-                    f"{other.target} and {place.target} differ only in case: leave one out with 'ignore'."
-                )
+                raise UserError(f"{other.target} and {place.target} differ only in case: leave one out with 'ignore'.")
 
 
 def _existing(folder: Path) -> Path:

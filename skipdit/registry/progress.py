@@ -38,9 +38,7 @@ class Bars:
 
     def started(self, task: Task) -> Callable[[int, int | None], None]:
         with self._lock:
-            bar = tqdm(
-                desc=task.remote.name[-28:], total=task.remote.expected.size, leave=False, **self._style
-            )
+            bar = tqdm(desc=task.remote.name[-28:], total=task.remote.expected.size, leave=False, **self._style)
             self._bars[id(task)] = bar
 
         def progress(done: int, total: int | None) -> None:

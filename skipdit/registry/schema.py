@@ -54,11 +54,7 @@ class HubSource(Source):
             return f"repo_type is 'model' or 'dataset', not {self.repo_type!r}"
         if self.file and (self.files or self.ignore or self.subfolder):
             return "'file' stands alone: leave out files, ignore and subfolder"
-        return (
-            None
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo)
-            else f"repo is 'owner/name', not {self.repo!r}"
-        )
+        return None if re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo) else f"repo is 'owner/name', not {self.repo!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,11 +205,7 @@ class Entry:
     @property
     def size_estimate(self) -> int | None:
         """Bytes: exact where known, else from the guide's rounded size."""
-        return (
-            self.bytes
-            if self.bytes is not None
-            else (parse_size(self.size, self.units) if self.size else None)
-        )
+        return self.bytes if self.bytes is not None else (parse_size(self.size, self.units) if self.size else None)
 
     def problem(self) -> str | None:
         """What is wrong with the fields together, or None."""
@@ -221,13 +213,7 @@ class Entry:
             return "an id is words of letters, digits, '.', '-', '_' joined by '/'"
         if self.path != HUB_CACHE:
             parts = PurePosixPath(self.path).parts
-            if (
-                not parts
-                or self.path.startswith("/")
-                or ".." in parts
-                or "\\" in self.path
-                or ":" in self.path
-            ):
+            if not parts or self.path.startswith("/") or ".." in parts or "\\" in self.path or ":" in self.path:
                 return f"path {self.path!r} must stay below the root: no leading '/', no '..'"
         elif not isinstance(self.source, HubSource):
             return "path hub-cache needs a source of kind hf_hub"
@@ -276,6 +262,4 @@ def parse_size(text: str, units: str = "iec") -> int | None:
 
 def _bad_digest(name: str, value: str) -> str | None:
     length = DIGEST_LENGTHS[name]
-    return (
-        None if re.fullmatch(f"[0-9a-f]{{{length}}}", value) else f"{name} is {length} lower-case hex digits"
-    )
+    return None if re.fullmatch(f"[0-9a-f]{{{length}}}", value) else f"{name} is {length} lower-case hex digits"

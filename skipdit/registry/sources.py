@@ -84,9 +84,7 @@ def make_client(mirrors: list[str], **settings: Any) -> tuple[Client, str]:
             rewrites.append((prefix, target))
         else:
             endpoint = mirror.rstrip("/")
-    return Client(
-        token=get_token(), token_origin=origin(hub_endpoint()), rewrites=rewrites, **settings
-    ), endpoint
+    return Client(token=get_token(), token_origin=origin(hub_endpoint()), rewrites=rewrites, **settings), endpoint
 
 
 @dataclass
@@ -202,9 +200,7 @@ class Resolver:
             for item in info.siblings:
                 sha256 = item.lfs.sha256 if item.lfs else None
                 git_sha1 = None if item.lfs else item.blob_id
-                rows.append(
-                    (item.rfilename, Expected(item.size, sha256, None, git_sha1), sha256 or item.blob_id)
-                )
+                rows.append((item.rfilename, Expected(item.size, sha256, None, git_sha1), sha256 or item.blob_id))
             self._listings[key] = (info.sha, rows)
         return self._listings[key]
 
@@ -249,9 +245,7 @@ class Resolver:
             endpoint = os.environ.get("MODELSCOPE_ENDPOINT")
             rows = _list_modelscope(source, endpoint)
         except ImportError as error:
-            raise ByHand(
-                f"{source.repo} is on ModelScope: pip install modelscope, then run again."
-            ) from error
+            raise ByHand(f"{source.repo} is on ModelScope: pip install modelscope, then run again.") from error
         except Exception as error:
             raise Failed(f"ModelScope, {source.repo}: {type(error).__name__}: {str(error)[:160]}") from error
         found = []
@@ -264,21 +258,15 @@ class Resolver:
         return found
 
 
-def _list_modelscope(
-    source: ModelScopeSource, endpoint: str | None
-) -> list[tuple[str, int | None, str | None]]:
+def _list_modelscope(source: ModelScopeSource, endpoint: str | None) -> list[tuple[str, int | None, str | None]]:
     """(path, size, sha256) of each file: the package's newer half tells the hash, its older half may not."""
     try:
         from modelscope_hub import HubApi
     except ImportError:
         from modelscope.hub.api import HubApi as OldApi
 
-        rows = OldApi(endpoint=endpoint).get_model_files(
-            source.repo, revision=source.revision, recursive=True
-        )
-        return [
-            (row["Path"], row.get("Size"), row.get("Sha256")) for row in rows if row.get("Type") != "tree"
-        ]
+        rows = OldApi(endpoint=endpoint).get_model_files(source.repo, revision=source.revision, recursive=True)
+        return [(row["Path"], row.get("Size"), row.get("Sha256")) for row in rows if row.get("Type") != "tree"]
     files = HubApi(endpoint=endpoint).list_repo_files(source.repo, "model", revision=source.revision)
     return [(item.path, item.size, item.sha256) for item in files if getattr(item, "type", "blob") != "tree"]
 
@@ -304,9 +292,7 @@ def _merge(known: Expected, listed: Expected, where: str) -> Expected:
     for name in ("size", "sha256"):
         ours, theirs = getattr(known, name), getattr(listed, name)
         if ours is not None and theirs is not None and ours != theirs:
-            raise Mismatch(
-                f"{where}: the registry says {name} {ours}, the hub {theirs}: nothing was fetched."
-            )
+            raise Mismatch(f"{where}: the registry says {name} {ours}, the hub {theirs}: nothing was fetched.")
     return Expected(
         known.size if known.size is not None else listed.size,
         known.sha256 or listed.sha256,

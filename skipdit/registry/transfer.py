@@ -112,9 +112,7 @@ class _Transfer:
         bad = self.target.with_name(self.target.name + ".bad")
         os.replace(self.part, bad)
         self.note.unlink(missing_ok=True)
-        raise Mismatch(
-            f"{self.url}: {', '.join(wrong)}. Kept aside as {bad}; nothing was put at {self.target}."
-        )
+        raise Mismatch(f"{self.url}: {', '.join(wrong)}. Kept aside as {bad}; nothing was put at {self.target}.")
 
     def _have(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
@@ -151,11 +149,7 @@ class _Transfer:
         except (FileNotFoundError, ValueError):
             known = {}
         pinned = self.expected.sha256 or self.expected.md5 or self.expected.git_sha1
-        same = (
-            (known.get("pinned") == pinned)
-            if pinned
-            else (known.get("url") == self.url and _validator(known))
-        )
+        same = (known.get("pinned") == pinned) if pinned else (known.get("url") == self.url and _validator(known))
         if not have or not known or not same or (known.get("total") is not None and have > known["total"]):
             return 0, {}
         return have, known if known.get("url") == self.url else {}
@@ -187,9 +181,7 @@ class _Transfer:
         self.total = start + int(length) if length.isdigit() else None
         if self.expected.size is not None and self.total not in (None, self.expected.size):
             what = f"{self.url}: the server offers {self.total} bytes, {self.expected.size} were expected"
-            raise Retry(
-                what, final=Mismatch(f"{what}: nothing was kept; the file at the source may have changed.")
-            )
+            raise Retry(what, final=Mismatch(f"{what}: nothing was kept; the file at the source may have changed."))
         hasher = Hasher(self.expected)
         try:
             with self.part.open("r+b" if start else "wb") as file:
@@ -223,9 +215,7 @@ class _Transfer:
 
     def _check_head(self, response: requests.Response) -> None:
         kind = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
-        if kind in ("text/html", "application/xhtml+xml") and not self.target.name.endswith(
-            (".html", ".htm")
-        ):
+        if kind in ("text/html", "application/xhtml+xml") and not self.target.name.endswith((".html", ".htm")):
             raise Failed(_page_message(self.url, "a web page"))
         if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
             raise Failed(f"{self.url}: sent compressed although that was not asked for.")
@@ -255,9 +245,5 @@ def _validator(known: dict[str, Any]) -> str | None:
 
 
 def _page_message(url: str, what: str) -> str:
-    why = (
-        "a login, terms to accept, or a quota page"
-        if what == "a web page"
-        else "its content is stored elsewhere"
-    )
+    why = "a login, terms to accept, or a quota page" if what == "a web page" else "its content is stored elsewhere"
     return f"{url} gave {what} instead of the file ({why}): open the link in a browser to see."

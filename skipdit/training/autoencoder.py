@@ -137,14 +137,10 @@ def _device(name: str) -> torch.device:
 def _fit(vae: AutoencoderKL, config: AutoencoderConfig, device: torch.device) -> float:
     """Runs the training steps; returns their seconds."""
     # Clips of one frame: each frame has its own digit and place, so a batch repeats nothing.
-    frames = MovingDigits(
-        num_frames=1, size=config.size, length=config.steps * config.batch_size, seed=config.seed
-    )
+    frames = MovingDigits(num_frames=1, size=config.size, length=config.steps * config.batch_size, seed=config.seed)
     loader = DataLoader(frames, config.batch_size, num_workers=config.num_workers)
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.learning_rate)
-    schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
-    )
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps)
     noise = torch.Generator(device).manual_seed(config.seed)
     started = time.perf_counter()
     with tqdm(loader, desc="train-vae", unit="step") as bar:
@@ -224,9 +220,7 @@ def _standardise_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tens
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `skipdit train-vae`."""
-    parser.add_argument(
-        "--config", default="configs/digits/vae.yaml", help="YAML file (default: %(default)s)"
-    )
+    parser.add_argument("--config", default="configs/digits/vae.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the config's")
 
 

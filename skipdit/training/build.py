@@ -75,8 +75,7 @@ def check_fit(
     cfg = model.config
     if cfg.num_classes is not None and class_names is not None and cfg.num_classes != len(class_names):
         raise UserError(
-            f"model.arguments.num_classes={cfg.num_classes}, but {config.name} has {len(class_names)} "
-            "classes."
+            f"model.arguments.num_classes={cfg.num_classes}, but {config.name} has {len(class_names)} classes."
         )
     _check_shape(model, vae, dataset, config)
 
@@ -96,9 +95,7 @@ def _check_shape(model: SkipBackbone, vae: AutoencoderKL, dataset: Dataset, conf
         raise UserError(f"{config.name} gives clips, but the model makes pictures: set model.name=Latte.")
     for name, (found, expected) in wanted.items():
         if found != expected:
-            raise UserError(
-                f"model.arguments.{name} is {expected}, but the latents of {config.name} have {found}."
-            )
+            raise UserError(f"model.arguments.{name} is {expected}, but the latents of {config.name} have {found}.")
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -108,9 +105,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         UserError: This machine cannot do what the config asks for.
     """
     if config.tracker and importlib.util.find_spec(config.tracker) is None:
-        raise UserError(
-            f"tracker={config.tracker} needs the package {config.tracker}: install it or use tracker=null."
-        )
+        raise UserError(f"tracker={config.tracker} needs the package {config.tracker}: install it or use tracker=null.")
     try:
         return Accelerator(
             mixed_precision=config.mixed_precision,

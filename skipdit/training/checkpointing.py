@@ -115,9 +115,7 @@ def write_checkpoint(
         write(partial)
         wait()
         if is_main:
-            (partial / STATE_FILE).write_text(
-                json.dumps({"format": FORMAT, **state}, indent=1), encoding="utf-8"
-            )
+            (partial / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=1), encoding="utf-8")
             _flush(partial)
             if folder.exists():  # saved at this step before
                 folder.rename(folder.with_name(f".{folder.name}.replaced.partial"))
@@ -157,9 +155,7 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     """
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
-        raise UserError(
-            f"{folder} has checkpoint format {state.get('format')}; this version reads format {FORMAT}."
-        )
+        raise UserError(f"{folder} has checkpoint format {state.get('format')}; this version reads format {FORMAT}.")
     return state
 
 
@@ -172,9 +168,7 @@ def check_same_run(saved: dict[str, Any], config: TrainConfig, folder: Path) -> 
     changes = [change for change in _changes(saved, config) if _covered(change[0], FIXED)]
     if changes:
         words = "; ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changes)
-        raise UserError(
-            f"{folder} belongs to another run ({words}): restore these settings or choose another output."
-        )
+        raise UserError(f"{folder} belongs to another run ({words}): restore these settings or choose another output.")
 
 
 def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:

@@ -22,9 +22,7 @@ class ModelConfig:
     """The network."""
 
     name: str = "Latte"  # Latte, DiT, or a preset such as Latte-XL/2-skip
-    arguments: dict[str, Any] = field(
-        default_factory=dict
-    )  # of the constructor; they replace the preset's own
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the constructor; they replace the preset's own
 
 
 @dataclass
@@ -61,9 +59,7 @@ class EMAConfig:
     """Moving average of the weights: what is sampled and exported."""
 
     decay: float = 0.9999
-    warmup_power: float = (
-        2 / 3
-    )  # at step s the decay is at most 1 - s ** -warmup_power; 0.75 suits short runs
+    warmup_power: float = 2 / 3  # at step s the decay is at most 1 - s ** -warmup_power; 0.75 suits short runs
 
 
 @dataclass

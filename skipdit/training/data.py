@@ -138,9 +138,7 @@ def encode(vae: AutoencoderKL, video: torch.Tensor, frames_at_once: int) -> tupl
         Mean and standard deviation, unscaled, float32, each [B, C, T, h, w] or [B, C, h, w].
     """
     frames = video.flatten(0, 1) if video.ndim == 5 else video
-    parts = [
-        vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist for chunk in frames.split(frames_at_once)
-    ]
+    parts = [vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist for chunk in frames.split(frames_at_once)]
     both = [torch.cat([getattr(part, name) for part in parts]).float() for name in ("mean", "std")]
     if video.ndim == 5:
         both = [values.unflatten(0, video.shape[:2]).transpose(1, 2).contiguous() for values in both]
@@ -162,9 +160,7 @@ def precompute_latents(
     with tqdm(total=sum(map(len, mine)), desc="encoding", unit="clip", disable=_quiet(accelerator)) as bar:
         for chunk, batch in zip(mine, loader, strict=True):
             rows = slice(chunk.start, chunk.stop)
-            mean[rows], std[rows] = (
-                values.cpu() for values in encode(vae, batch["video"], config.encode_batch)
-            )
+            mean[rows], std[rows] = (values.cpu() for values in encode(vae, batch["video"], config.encode_batch))
             class_labels[rows] = batch["class_label"]
             bar.update(len(chunk))
     stores = [mean, std, class_labels]

@@ -214,9 +214,7 @@ class Trainer:
         totals[3] = float(self.stop.requested)
         loss, mse, vb, stop = self.accelerator.reduce(totals, "mean").tolist()
         clips = cfg.max_grad_norm and self.step >= cfg.clip_after_step
-        norm = float(
-            self.accelerator.clip_grad_norm_(self.parameters, cfg.max_grad_norm if clips else math.inf)
-        )
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, cfg.max_grad_norm if clips else math.inf))
         applied = self._update(math.isfinite(loss) and math.isfinite(norm))
         self.step += 1
         self.stopping = stop > 0  # of any process, so that all stop after the same step
@@ -234,9 +232,7 @@ class Trainer:
         class_labels = None
         if self.module.null_class is not None:
             class_labels = batch["class_label"].to(device)
-            class_labels = torch.where(
-                dropout < self.model_class_dropout, self.module.null_class, class_labels
-            )
+            class_labels = torch.where(dropout < self.model_class_dropout, self.module.null_class, class_labels)
         with self.accelerator.autocast():
             return training_losses(self.model, latents, timestep, noise, class_labels)
 
@@ -263,9 +259,7 @@ class Trainer:
 
     def averaged_weights(self) -> dict[str, torch.Tensor]:
         """EMA weights by parameter name, on the CPU."""
-        return {
-            name: value.detach().cpu() for name, value in zip(self.names, self.ema.shadow_params, strict=True)
-        }
+        return {name: value.detach().cpu() for name, value in zip(self.names, self.ema.shadow_params, strict=True)}
 
     def _save(self) -> Path:
         folder = checkpointing.checkpoint_folder(self.output, self.step)
@@ -293,9 +287,7 @@ class Trainer:
         try:
             action()
         except Exception as error:  # whatever it is, days of training are worth more
-            self.say(
-                f"Step {self.step}: the {what} failed ({type(error).__name__}: {error}); training goes on."
-            )
+            self.say(f"Step {self.step}: the {what} failed ({type(error).__name__}: {error}); training goes on.")
 
     def _export(self) -> None:
         if self.accelerator.is_main_process:

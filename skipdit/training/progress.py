@@ -50,9 +50,7 @@ class Progress:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
         with written_whole(self.path) as temporary:
-            temporary.write_text(
-                "".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8"
-            )
+            temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
 
     def add(self, values: dict[str, float]) -> None:
         """Count one step."""
@@ -89,9 +87,7 @@ class Progress:
         if self.is_main:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-        trainer.accelerator.log(
-            {name: value for name, value in entry.items() if name != "step"}, step=trainer.step
-        )
+        trainer.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=trainer.step)
         self._reset()
         self.clock = time.perf_counter()
 

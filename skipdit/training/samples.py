@@ -18,9 +18,7 @@ from .config import PreviewConfig
 __all__ = ["check_preview", "export_pipeline", "make_pipeline", "model_with", "write_preview"]
 
 
-def check_preview(
-    config: PreviewConfig, model: SkipBackbone, class_names: list[str] | None
-) -> list[int] | None:
+def check_preview(config: PreviewConfig, model: SkipBackbone, class_names: list[str] | None) -> list[int] | None:
     """The classes to show as indices; None for an unconditional model.
 
     Raises:
@@ -62,9 +60,7 @@ def model_with(model: SkipBackbone, weights: dict[str, torch.Tensor]) -> SkipBac
     return twin.eval().requires_grad_(False)
 
 
-def make_pipeline(
-    model: SkipBackbone, vae: AutoencoderKL, class_names: list[str] | None, sampler: str = "ddim"
-):
+def make_pipeline(model: SkipBackbone, vae: AutoencoderKL, class_names: list[str] | None, sampler: str = "ddim"):
     """The pipeline class that goes with the backbone, set up with a sampler by name."""
     kind = SkipLattePipeline if isinstance(model, SkipLatteTransformer3DModel) else SkipDiTPipeline
     return kind(transformer=model, vae=vae, scheduler=make_scheduler(sampler), class_names=class_names)
@@ -98,11 +94,7 @@ def write_preview(pipeline, config: PreviewConfig, classes: list[int] | None, pa
     with written_whole(path.with_suffix(".gif" if len(grids) > 1 else ".png")) as temporary:
         grids[0].save(
             temporary,
-            **(
-                {"save_all": True, "append_images": grids[1:], "duration": 125, "loop": 0}
-                if len(grids) > 1
-                else {}
-            ),
+            **({"save_all": True, "append_images": grids[1:], "duration": 125, "loop": 0} if len(grids) > 1 else {}),
         )
 
 

@@ -28,9 +28,7 @@ class StopRequest:
         return self._asked_at is not None or self._launcher not in (None, os.getppid())
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
