@@ -262,6 +262,7 @@ MISTAKES = {
     "--model {latte} --steps 1001": "take at most as many",
     "--model {latte} --sampler euler": "No sampler 'euler'",
     "--model {latte} --dtype fp8": "choose from fp32",
+    "--model {latte} --device cpu --dtype fp16": "take fp32 or bf16",
     "--model {latte} --device tpu": "choose auto, cpu, cuda",
     "--model {latte} --device cuda:99": "CUDA devices",
     "--model {latte} --output {broken}/config.json": "Cannot write to",

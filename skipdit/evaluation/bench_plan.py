@@ -102,6 +102,8 @@ def make_plan(args: argparse.Namespace) -> BenchPlan:
     device = _device(args.device)
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: choose from {', '.join(DTYPES)}.")
+    if args.dtype == "fp16" and device.type == "cpu":
+        raise UserError("--dtype fp16 is far slower than fp32 on a CPU: take fp32 or bf16, or a CUDA device.")
     model_class, settings, scale = _find(args.model)
     settings = _sized(model_class, settings, scale, args)
     with torch.device("meta"):
