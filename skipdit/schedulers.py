@@ -61,7 +61,7 @@ class RespacedDDIMScheduler(DDIMScheduler):
         """Alpha-bar at this timestep and at the next one of the list."""
         if self.num_inference_steps is None:
             raise ValueError("Call set_timesteps() before step().")
-        timesteps = self._timestep_list()
+        timesteps = self._timesteps_on_host
         following = timesteps.index(timestep) + 1
         alpha = self._alpha_list[timestep]
         return alpha, self._alpha_list[timesteps[following]] if following < len(timesteps) else 1.0
@@ -71,9 +71,6 @@ class RespacedDDIMScheduler(DDIMScheduler):
         super().set_timesteps(num_inference_steps, device)
         self._timesteps_on_host = self.timesteps.tolist()
         self._alpha_list = self.alphas_cumprod.tolist()
-
-    def _timestep_list(self) -> list[int]:
-        return self._timesteps_on_host
 
     def _clean_and_noise(
         self, model_output: torch.Tensor, sample: torch.Tensor, alpha: float

@@ -41,7 +41,6 @@ class SkipBackbone(ModelMixin, ConfigMixin, CacheMixin):
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["Block"]
     _no_split_modules = ["Block"]
-    _cache_hook_name = "skip_cache"
     blocks_per_unit: int
     xavier_skips: bool  # as published: Xavier-initialised skip linears in video, torch's default in image models
 
