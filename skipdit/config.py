@@ -2,9 +2,10 @@
 
 import dataclasses
 import difflib
+import keyword
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from .errors import UserError
 from .files import written_whole
 
-__all__ = ["describe", "load_config", "nearest", "save_config", "setting"]
+__all__ = ["describe", "load_config", "nearest", "save_config", "setting", "setting_name"]
 
 Schema = TypeVar("Schema")
 COMMAND_LINE = "the command line"
@@ -25,7 +26,8 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
     """Read settings: the schema's defaults, then the file, then the overrides.
 
     Args:
-        schema: A dataclass, possibly of dataclasses. A field without a default must be given.
+        schema: A dataclass, possibly of dataclasses. A field without a default must be given. A setting whose name
+            is a word of Python's own has an underscore behind it there (`from_` is set as "from").
         path: A YAML file (1.2 rules: `off` is a word, not a boolean; 1e-4 is a number), or None.
         overrides: Words such as "steps=50" or "optimizer.lr=1e-4"; values are YAML too ("classes=[3, cat]").
             A single value where the schema has a list makes a list of one ("classes=cat").
@@ -62,8 +64,25 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write a dataclass instance as YAML that `load_config` reads back to an equal one."""
+    settings = OmegaConf.create(_renamed(OmegaConf.to_container(OmegaConf.structured(config)), setting_name))
     with written_whole(path) as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        temporary.write_text(OmegaConf.to_yaml(settings), encoding="utf-8")
+
+
+def setting_name(field: str) -> str:
+    """What users call a field: without the underscore behind a word of Python's own."""
+    return field[:-1] if field.endswith("_") and keyword.iskeyword(field[:-1]) else field
+
+
+def _field_name(name: str) -> str:
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def _renamed(values: Any, rename: Callable[[str], str]) -> Any:
+    """The same mapping, its own and its inner mappings' keys renamed."""
+    if not isinstance(values, dict):
+        return values
+    return {rename(name) if isinstance(name, str) else name: _renamed(value, rename) for name, value in values.items()}
 
 
 def setting(default: Any, text: str) -> Any:
@@ -169,7 +188,7 @@ def _parse_override(word: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"The value of {word!r} is not valid YAML: check its brackets and quotes.") from error
     for name in reversed(key.strip().split(".")):
         value, words = {name: value}, {name: words}
-    return value, words
+    return _renamed(value, _field_name), _renamed(words, _field_name)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -187,7 +206,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not settings of the form 'key: value'.")
-    return content, words
+    return _renamed(content, _field_name), _renamed(words, _field_name)
 
 
 def _first_line(error: Exception) -> str:

@@ -127,3 +127,23 @@ def test_saved_settings_read_back_equal(tmp_path):
     save_config(config, tmp_path / "new" / "settings.yaml")
     assert load_config(Settings, tmp_path / "new" / "settings.yaml") == config
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["settings.yaml"]
+
+
+@dataclass
+class Start:
+    from_: str | None = None
+
+
+@dataclass
+class WithKeyword:
+    init: Start = field(default_factory=Start)
+
+
+def test_a_setting_may_be_called_like_a_word_of_python(tmp_path):
+    (tmp_path / "a.yaml").write_text("init: {from: there}")
+    config = load_config(WithKeyword, tmp_path / "a.yaml")
+    assert config.init.from_ == "there"
+    assert load_config(WithKeyword, None, ["init.from=here"]).init.from_ == "here"
+    save_config(config, tmp_path / "b.yaml")
+    assert (tmp_path / "b.yaml").read_text() == "init:\n  from: there\n"
+    assert load_config(WithKeyword, tmp_path / "b.yaml") == config

@@ -15,6 +15,7 @@ from skipdit.training import checkpointing
 from skipdit.training.build import build_model, load_vae, lr_multiplier
 from skipdit.training.config import TrainConfig
 from skipdit.training.data import GlobalOrder, build_data
+from skipdit.training.initial import load_initial
 from skipdit.training.noise import draw_noise, generator_for
 from skipdit.training.stopping import StopRequest
 
@@ -120,6 +121,68 @@ def test_learning_rate_is_a_function_of_the_step():
     assert [cosine(step) for step in (5, 10, 60, 110)] == pytest.approx([0.5, 1, 0.5, 0])
     with pytest.raises(UserError, match="lr_schedule.name='cosin'"):
         lr_multiplier(settings("lr_schedule.name=cosin"))
+
+
+# ---------------------------------------------------------------------- starting from trained weights
+
+
+TINY = (
+    "model.arguments={hidden_size: 32, depth: 4, num_heads: 2, num_frames: 3, sample_size: 8, num_classes: 5, skip: %s}"
+)
+
+
+@pytest.fixture
+def vanilla(tmp_path):
+    """A vanilla model of two frames with random weights everywhere, saved."""
+    torch.manual_seed(0)
+    config = settings(TINY % "null", "model.arguments.num_frames=2").model
+    model = build_model(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "vanilla")
+    return model.eval()
+
+
+def initial(folder, *words):
+    config = settings(*words, f"init.from={folder}")
+    model = build_model(config.model)
+    return model.eval(), load_initial(model, config.init)
+
+
+@torch.no_grad()
+def test_a_retrofit_starts_exactly_from_the_vanilla_model(vanilla, tmp_path):
+    model, loaded = initial(tmp_path / "vanilla", TINY % "residual")
+    inputs = torch.randn(2, 4, 2, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 5])
+    assert torch.equal(model(*inputs).sample, vanilla(*inputs).sample)
+    assert loaded == {name for name, _ in vanilla.named_parameters()}
+
+
+def test_another_number_of_classes_keeps_its_own_label_table(vanilla, tmp_path):
+    model, loaded = initial(tmp_path / "vanilla", TINY % "residual", "model.arguments.num_classes=7")
+    assert "y_embedder.embedding_table.weight" not in loaded and len(loaded) == len(list(vanilla.parameters())) - 1
+    assert model.y_embedder.embedding_table.weight.shape == (8, 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([TINY % "linear"], "is a vanilla model, without long skips: set model.arguments.skip=residual"),
+        ([TINY % "residual", "model.arguments.depth=8"], "is another kind of model: it has no blocks.4."),
+        ([TINY % "residual", "model.arguments.hidden_size=64"], "give model.arguments the sizes of those weights"),
+        ([TINY % "null", "init.skips_only_steps=1"], "init.skips_only_steps needs long skips"),
+    ],
+)
+def test_weights_that_do_not_fit(vanilla, tmp_path, words, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        initial(tmp_path / "vanilla", *words)
+
+
+def test_weights_with_skips_do_not_fit_a_vanilla_model(tmp_path):
+    build_model(settings(TINY % "linear").model).save_pretrained(tmp_path / "skips")
+    with pytest.raises(UserError, match="has long skips: set model.arguments.skip=linear"):
+        initial(tmp_path / "skips", TINY % "null")
+    with pytest.raises(UserError, match="init.from=.*nowhere is not there"):
+        initial(tmp_path / "nowhere", TINY % "null")
 
 
 # ---------------------------------------------------------------------- order and noise

@@ -35,7 +35,7 @@ FIXED = ("model", "data.name", "data.arguments", "vae", "batch_size", "seed")
 # These neither change what is learnt nor need a word about it.
 FREE = (
     "resume output log_every save_every keep_last export_dtype tracker preview max_dropped_steps "
-    "data.num_workers data.encode_batch data.precompute_latents "
+    "init.from_ init.weights data.num_workers data.encode_batch data.precompute_latents "
     "compile gradient_checkpointing gradient_accumulation_steps"
 ).split()
 

@@ -9,6 +9,7 @@ from ..errors import UserError
 __all__ = [
     "DataConfig",
     "EMAConfig",
+    "InitConfig",
     "LRScheduleConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -23,6 +24,16 @@ class ModelConfig:
 
     name: str = "Latte"  # Latte, DiT, or a preset such as Latte-XL/2-skip
     arguments: dict[str, Any] = field(default_factory=dict)  # of the constructor; they replace the preset's own
+
+
+@dataclass
+class InitConfig:
+    """Trained weights to start from; a resumed run has its own."""
+
+    from_: str | None = None  # `init.from`: a diffusers folder, or a .pt or .safetensors file
+    weights: str = "ema"  # of a training checkpoint: ema or model
+    skips_only_steps: int = 0  # so many steps train the long skips alone, then everything
+    lr_scale: float = 1.0  # learning rate of loaded weights, as a share of that of fresh ones
 
 
 @dataclass
@@ -81,6 +92,7 @@ class TrainConfig:
     """One training run. `batch_size` is global: the same run on more processes takes less on each."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: str = "pretrained/vae"  # folder of an AutoencoderKL in diffusers' format
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -125,6 +137,10 @@ class TrainConfig:
         _at_least(0, "preview.every", self.preview.every)
         _at_least(1, "preview.steps", self.preview.steps)
         _at_least(1, "preview.num_samples", self.preview.num_samples)
+        _at_least(0, "init.skips_only_steps", self.init.skips_only_steps)
+        _one_of("init.weights", self.init.weights, ("ema", "model"))
+        if not self.init.lr_scale > 0:
+            raise UserError(f"init.lr_scale must be above 0, not {self.init.lr_scale}.")
         if not self.optimizer.lr > 0:
             raise UserError(f"optimizer.lr must be above 0, not {self.optimizer.lr}.")
         if len(self.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in self.optimizer.betas):

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..config import load_config, save_config
+from ..config import load_config, save_config, setting_name
 from ..diffusion import training_losses
 from ..errors import UserError
 from ..files import check_writable
@@ -25,6 +25,7 @@ from . import checkpointing, samples
 from .build import build_accelerator, build_model, check_fit, load_vae, lr_multiplier
 from .config import TrainConfig
 from .data import GlobalOrder, LatentClips, build_data, encode, precompute_latents
+from .initial import is_skip, load_initial
 from .noise import draw_noise
 from .progress import Progress
 from .stopping import StopRequest
@@ -71,6 +72,7 @@ class Trainer:
         self.vae = load_vae(config.vae).to(self.accelerator.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model)
+        self.loaded = set(saved["loaded"]) if saved else load_initial(model, config.init)
         self.model_class_dropout = model.config.class_dropout_prob
         check_fit(model, self.vae, self.dataset, self.class_names, config.data)
         self.preview_classes = samples.check_preview(config.preview, model, self.class_names)
@@ -95,7 +97,7 @@ class Trainer:
             model.compile()  # in place, so that parameter names stay as they are
         self.module = model.train()
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            self._parameter_groups(model),
             lr=cfg.optimizer.lr,
             betas=tuple(cfg.optimizer.betas),
             eps=cfg.optimizer.eps,
@@ -113,6 +115,22 @@ class Trainer:
             power=cfg.ema.warmup_power,
             foreach=True,
         )
+
+    def _parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Parameters by what decides their learning rate: loaded or fresh, long skip or not."""
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            groups.setdefault((name in self.loaded, is_skip(name)), []).append(parameter)
+        return [{"params": members, "loaded": kind[0], "skips": kind[1]} for kind, members in groups.items()]
+
+    def _set_learning_rates(self) -> float:
+        """Those of this step; returns that of fresh weights."""
+        init = self.config.init
+        lr = self.config.optimizer.lr * self.lr_multiplier(self.step)
+        for group in self.optimizer.param_groups:
+            waits = self.step < init.skips_only_steps and not group["skips"]
+            group["lr"] = 0.0 if waits else lr * (init.lr_scale if group["loaded"] else 1.0)
+        return lr
 
     def _restore(self, folder: Path, saved: dict[str, Any]) -> None:
         self.accelerator.load_state(str(folder))
@@ -186,6 +204,8 @@ class Trainer:
 
     def _announce(self, dataset: Dataset) -> None:
         parameters = sum(parameter.numel() for parameter in self.parameters)
+        if self.loaded and not self.step:
+            self.say(f"Starting from {self.config.init.from_}: {len(self.loaded)} of {len(self.names)} tensors loaded.")
         precision = self.accelerator.mixed_precision
         self.say(
             f"Training {type(self.module).__name__} ({parameters:,} parameters) on {len(dataset)} items, "
@@ -201,9 +221,7 @@ class Trainer:
             Global means of "loss", "mse", "vb"; "grad_norm" before clipping; "lr"; "applied", 0 if dropped.
         """
         cfg = self.config
-        lr = cfg.optimizer.lr * self.lr_multiplier(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self._set_learning_rates()
         totals = torch.zeros(4, device=self.accelerator.device)
         for accumulated in range(cfg.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.model):
@@ -268,6 +286,7 @@ class Trainer:
             "dropped_steps": self.dropped,
             "ema_updates": self.ema.optimization_step,
             "processes": self.accelerator.num_processes,
+            "loaded": sorted(self.loaded),
             "config": dataclasses.asdict(self.config),
         }
         is_main = self.accelerator.is_main_process
@@ -330,7 +349,7 @@ def _describe(section: object, prefix: str = "") -> Iterator[str]:
             yield from _describe(value, f"{prefix}{field.name}.")
         else:
             text = json.dumps(value) if isinstance(value, bool | None) else value  # as YAML has it
-            yield f"  {prefix}{field.name}={text}"
+            yield f"  {prefix}{setting_name(field.name)}={text}"
 
 
 def run(args: argparse.Namespace) -> None:
