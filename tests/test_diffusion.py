@@ -6,8 +6,8 @@ import pytest
 import torch
 from golden_data import FAMILIES, golden, golden_model, relative_error
 
-from skipdit.diffusion import add_noise, discretized_gaussian_log_likelihood, noise_schedule, training_losses
-from skipdit.schedulers import SAMPLERS, make_scheduler
+from skipdit.diffusion import Objective, add_noise, discretized_gaussian_log_likelihood, noise_schedule, training_losses
+from skipdit.schedulers import SAMPLERS, TRAINING_SCHEDULE, make_scheduler
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,3 +100,89 @@ def test_every_sampler_survives_saving(name, tmp_path):
 def test_unknown_sampler():
     with pytest.raises(ValueError, match="ddim, ddpm"):
         make_scheduler("euler")
+
+
+# ---------------------------------------------------------------------- other objectives
+
+
+@pytest.mark.parametrize(
+    ("weighting", "closed_form"),
+    [
+        ("none", lambda snr: torch.ones_like(snr)),
+        ("min_snr", lambda snr: snr.clamp(max=5.0) / snr),
+        ("soft_min_snr", lambda snr: 5.0 / (snr + 5.0)),
+        ("debiased", lambda snr: snr**-0.5),
+    ],
+)
+def test_weightings(weighting, closed_form):
+    timestep = torch.tensor([0, 10, 200, 999])
+    tables = noise_schedule(torch.device("cpu"))
+    snr = ((tables["signal"] / tables["spread"]) ** 2)[timestep]
+    weight = Objective(weighting=weighting).weight(timestep)
+    torch.testing.assert_close(weight, closed_form(snr))
+    if weighting != "none":
+        of_v = Objective("v_prediction", weighting=weighting).weight(timestep)
+        torch.testing.assert_close(of_v, weight * snr / (snr + 1))
+
+
+def test_min_snr_agrees_with_diffusers():
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    timestep = torch.arange(0, 1000, 111)
+    snr = compute_snr(DDPMScheduler(**TRAINING_SCHEDULE), timestep)
+    wanted = torch.stack([snr, torch.full_like(snr, 5.0)], 1).min(1).values / snr
+    torch.testing.assert_close(Objective(weighting="min_snr").weight(timestep), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_zero_terminal_snr_is_that_of_diffusers():
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    beta = torch.linspace(1e-4, 0.02, 1000)
+    alpha_bar = (1 - rescale_zero_terminal_snr(beta)).cumprod(0)
+    tables = noise_schedule(torch.device("cpu"), zero_terminal_snr=True)
+    torch.testing.assert_close(tables["signal"] ** 2, alpha_bar, rtol=1e-4, atol=1e-6)
+    assert tables["signal"][-1] == 0 and tables["spread"][-1] == 1
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_a_perfect_v_prediction_costs_nothing(zero_terminal_snr):
+    objective = Objective("v_prediction", zero_terminal_snr)
+    timestep = torch.tensor([1, 500, 999])
+    clean, noise = (torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    tables = noise_schedule(torch.device("cpu"), zero_terminal_snr)
+    signal, spread = (tables[name][timestep].view(3, 1, 1, 1) for name in ("signal", "spread"))
+
+    def model(noisy, *_, return_dict):
+        torch.testing.assert_close(noisy, signal * clean + spread * noise)
+        low = torch.full_like(clean, -1.0)  # the posterior's own variance, so that the bound is 0
+        return (torch.cat([signal * noise - spread * clean, low], 1),)
+
+    losses = training_losses(model, clean, timestep, noise, None, objective)
+    assert losses["mse"].max() < 1e-10 and losses["vb"].abs().max() < 1e-4 and torch.isfinite(losses["loss"]).all()
+
+
+@torch.no_grad()
+def test_samplers_undo_what_a_v_objective_trains():
+    """A network that knows the clean sample: each sampler ends there."""
+    from skipdit.schedulers import make_scheduler
+
+    clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    for objective in (Objective("v_prediction"), Objective("v_prediction", True)):
+        tables = noise_schedule(torch.device("cpu"), objective.zero_terminal_snr)
+        for name in ("ddim", "unipc"):
+            scheduler = make_scheduler(name, **objective.sampler_settings)
+            scheduler.set_timesteps(20)
+            sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+            for step in scheduler.timesteps:
+                signal, spread = tables["signal"][step], tables["spread"][step]
+                noise = (sample - signal * clean) / spread
+                sample = scheduler.step(signal * noise - spread * clean, step, sample).prev_sample
+            assert (sample - clean).abs().max() < 1e-3, (name, objective)
+
+
+def test_objectives_that_cannot_be():
+    with pytest.raises(ValueError, match="needs objective.prediction=v_prediction"):
+        Objective(zero_terminal_snr=True)
+    with pytest.raises(ValueError, match="objective.weighting must be one of none, min_snr"):
+        Objective(weighting="minsnr")
