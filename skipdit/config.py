@@ -173,7 +173,8 @@ def _without_none(kind: Any) -> Any:
 
 def _nearest_key(key: str, known: dict[str, Any]) -> str:
     """Nearest key; one in another section with exactly this last name goes first."""
-    settings = [name for name, kind in known.items() if not dataclasses.is_dataclass(kind)]
+    fields = [name.split(".") for name, kind in known.items() if not dataclasses.is_dataclass(kind)]
+    settings = [".".join(map(setting_name, parts)) for parts in fields]
     same_leaf = [name for name in settings if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     return f"did you mean {same_leaf[0]!r}?" if same_leaf else nearest(key, settings)
 

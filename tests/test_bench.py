@@ -19,7 +19,7 @@ from skipdit import (
 from skipdit.cli import main
 from skipdit.evaluation.bench_measure import Timing, time_in_turns
 from skipdit.evaluation.bench_report import to_markdown
-from skipdit.evaluation.operations import count_operations, speedup_bound
+from skipdit.operations import count_operations, speedup_bound
 
 SIZES = {"hidden_size": 48, "num_heads": 3, "sample_size": (8, 12), "num_classes": 3, "mlp_ratio": 2.5}
 LATTE, DIT = (2, 4, 5, 8, 12), (3, 4, 8, 12)

@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LEVELS = (
     {"errors", "config", "files", "__version__"},
     {"models", "cache", "diffusion", "schedulers", "data"},
-    {"pipelines", "checkpoints", "weights", "media", "gallery"},
+    {"pipelines", "checkpoints", "weights", "media", "gallery", "operations"},
     {"training", "evaluation", "sampling", "registry", "convert"},
     {"demo", "cli"},
     {"skipdit", "__main__"},  # skipdit/__init__.py offers the public names
@@ -234,3 +234,17 @@ def test_ci_runs_make_test():
 def test_the_carried_pipeline_is_small():
     sizes = [path.stat().st_size for path in (ROOT / "pretrained/digits").rglob("*") if path.is_file()]
     assert sum(sizes) <= 16 * 2**20
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    kinds = {"single_gpu": "NO", "8_gpus": "MULTI_GPU", "2_nodes": "MULTI_GPU", "fsdp": "FSDP"}
+    assert config.distributed_type == kinds.get(path.stem, "DEEPSPEED")
+    assert config.num_processes == {"single_gpu": 1, "2_nodes": 16}.get(path.stem, 8)
+    if path.stem == "fsdp":
+        from skipdit.models import layers
+
+        assert hasattr(layers, config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"])

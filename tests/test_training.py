@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,18 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
 from skipdit.config import load_config
-from skipdit.errors import UserError
+from skipdit.errors import UnreadableError, UserError
+from skipdit.operations import count_operations
 from skipdit.pipelines import SkipLattePipeline
 from skipdit.training import checkpointing
 from skipdit.training.config import TrainConfig
+from skipdit.training.data import DATA_SETS
 from skipdit.training.loop import Trainer
 from skipdit.training.noise import draw_noise
+from skipdit.training.order import GlobalOrder
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
@@ -76,6 +81,7 @@ def words(vae, tmp_path):
             "keep_last": 0,
             "preview.every": 0,
             "preview.steps": 2,
+            "tracker": "null",
         }
         return [f"{key}={value}" for key, value in base.items()] + list(more)
 
@@ -113,7 +119,8 @@ def assert_close_state(one: Path, other: Path, tolerance: float) -> None:
 
 
 def log_of(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if "loss" in entry]
 
 
 # ---------------------------------------------------------------------- stopping and resuming
@@ -208,16 +215,22 @@ def test_resume_refuses_another_model(trainer):
 def test_previews_and_saves_do_not_alter_the_training(trainer, tmp_path):
     deep = "model.arguments.depth=8"  # of which a reused step can leave out some
     trainer("quiet", deep).fit()
-    pictures = ("preview.every=1", "preview.cache=N2-900-50", "tracker=tensorboard")
+    pictures = (
+        "preview.every=1",
+        "preview.cache=[off,N2-900-50]",
+        "tracker=tensorboard",
+        "diagnostics.every=2",
+        "diagnostics.steps=4",
+    )
     trainer("busy", deep, "save_every=2", "log_every=5", *pictures).fit()
     assert_same_state(final(tmp_path / "busy"), final(tmp_path / "quiet"))
-    assert len(list((tmp_path / "busy" / "samples").glob("*.gif"))) == STEPS
+    assert len(list((tmp_path / "busy" / "samples").glob("*.gif"))) == 2 * STEPS
     assert list((tmp_path / "busy").rglob("events.out.tfevents.*"))
 
 
 def test_accumulated_passes_give_the_same_weights(trainer, tmp_path):
     for passes in (1, 2, 4):
-        trainer(f"passes{passes}", f"gradient_accumulation_steps={passes}").fit()
+        trainer(f"passes{passes}", f"micro_batch_size={4 // passes}").fit()
     for passes in (2, 4):
         assert_close_state(final(tmp_path / f"passes{passes}"), final(tmp_path / "passes1"), 1e-5)
 
@@ -258,7 +271,7 @@ def test_two_processes_equal_one(trainer, words, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "2 process(es), 2 items a pass" in done.stdout
+    assert "2 process(es), 2 items a pass, 1 pass(es) a step" in done.stdout
     assert_close_state(final(tmp_path / "two"), final(tmp_path / "one"), 1e-5)
     losses = [[entry["loss"] for entry in log_of(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -286,7 +299,7 @@ def test_labels_are_dropped_as_the_noise_says(trainer):
     for step, (timestep, labels) in enumerate(seen):
         drawn = draw_noise(run.config.seed, step, range(10), (4, 4, 8, 8))
         assert torch.equal(timestep, drawn.timestep)
-        assert torch.equal(labels == 10, drawn.dropout < 0.5)
+        assert torch.equal(labels == 10, drawn.dropout[:, 0] < 0.5)
         assert 0 < (labels == 10).sum() < 10
 
 
@@ -329,20 +342,170 @@ def test_too_many_bad_steps_stop_the_run(trainer, tmp_path):
 def test_average_follows_its_decay(trainer):
     run = trainer("ema", "ema.decay=0.5", "ema.warmup_power=0.75", "max_steps=5")
     expected = [parameter.detach().clone() for parameter in run.parameters]
-    step, updates = run.ema.step, []
+    step, updates = run.average.step, []
 
-    def follow(parameters):
+    def follow():
         decay = 0 if not updates else min(0.5, 1 - (1 + len(updates)) ** -0.75)  # the first update copies
         updates.append(decay)
         for average, parameter in zip(expected, run.parameters, strict=True):
             average.lerp_(parameter.detach(), 1 - decay)
-        step(parameters)
+        step()
 
-    run.ema.step = follow
+    run.average.step = follow
     run.fit()
     assert len(updates) == 5 and updates[-1] == 0.5
-    for average, other in zip(expected, run.ema.shadow_params, strict=True):
+    for average, other in zip(expected, run.average.state().values(), strict=True):
         torch.testing.assert_close(other, average, atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------- real data's ways
+
+
+class Clips(Dataset):
+    """Random clips with joint images; an item in `bad` cannot be read. The first pixel tells the epoch."""
+
+    max_bad_share = 0.25
+    class_names = tuple("abcdefghij")
+
+    def __init__(self, length: int = 8, images: int = 0, bad: Sequence[int] = (), num_frames: int = 4, size: int = 16):
+        self.length, self.images, self.bad, self.num_frames, self.size = length, images, bad, num_frames, size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def item(self, index: int, epoch: int) -> dict:
+        if index in self.bad:
+            raise UnreadableError(Path(f"clip{index}.mp4"), "it is empty")
+        generator = torch.Generator().manual_seed(100 * index + epoch)
+        video = torch.rand(self.num_frames + self.images, 3, self.size, self.size, generator=generator) * 2 - 1
+        labels = [(index + place) % 10 for place in range(1 + self.images)]
+        return {"video": video, "class_label": torch.tensor(labels) if self.images else labels[0]}
+
+
+@pytest.fixture
+def on_clips(trainer, monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "clips", Clips)
+
+    def build(output: str, arguments: str, *more: str) -> Trainer:
+        data = ("data.name=clips", "data.precompute_latents=false", f"data.arguments={arguments}")
+        return trainer(output, *data, *more)
+
+    return build
+
+
+def test_crops_are_new_in_each_epoch_whatever_the_workers(on_clips, tmp_path):
+    on_clips("none", "{length: 4}").fit()
+    on_clips("two", "{length: 4}", "data.num_workers=2").fit()
+    assert_same_state(final(tmp_path / "none"), final(tmp_path / "two"))
+    run = on_clips("seen", "{length: 4}", "max_steps=2")
+    seen = []
+    inner = run.losses._posterior
+    run.losses._posterior = lambda batch: seen.append(batch["video"][:, 0, 0, 0, 0].sort().values) or inner(batch)
+    run.fit()
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_unreadable_items_are_named_once_and_count_nothing(on_clips, tmp_path, capsys):
+    run = on_clips("bad", "{length: 8, bad: [3]}", "max_steps=8")
+    run.fit()
+    printed = capsys.readouterr().out
+    assert printed.count("clip3.mp4 cannot be read (it is empty); it is left out") == 1
+    assert [entry["unreadable_items"] for entry in log_of(tmp_path / "bad")][-1] == 1
+    assert run.unreadable == {3} and run.dropped == 0
+    losses = run.losses(
+        {"video": torch.zeros(2, 4, 3, 16, 16), "class_label": torch.tensor([1, 0]), "unreadable": {1: (3, "")}},
+        0,
+        range(2),
+    )
+    assert losses.valid.tolist() == [1, 0]
+    torch.testing.assert_close(losses.objective, losses.items["loss"][0] / 2)
+
+
+def test_too_many_unreadable_items_stop_the_run(on_clips):
+    with pytest.raises(UserError, match="3 of 8 items cannot be read .named above., more than .*max_bad_share"):
+        on_clips("bad", "{length: 8, bad: [1, 3, 5]}").fit()
+
+
+def test_joint_images_have_labels_of_their_own(on_clips):
+    run = on_clips("joint", "{length: 8, images: 2}", "max_steps=1", "model.arguments.class_dropout_prob=0.5")
+    seen = {}
+
+    def note(module, inputs, keywords):
+        seen.update(keywords, latents=inputs[0], labels=inputs[2])
+
+    run.module.register_forward_pre_hook(note, with_kwargs=True)
+    run.fit()
+    assert seen["latents"].shape == (4, 4, 6, 8, 8) and seen["num_images"] == 2
+    draws = next(iter(GlobalOrder(8, 4, 1, 0, 1, run.config.seed, 0, 1)))
+    wanted = torch.tensor([[(draw.index + place) % 10 for place in range(3)] for draw in draws])
+    dropped = draw_noise(run.config.seed, 0, range(4), (4, 6, 8, 8), labels=3).dropout < 0.5
+    wanted = torch.where(dropped, 10, wanted)
+    assert torch.equal(seen["labels"], wanted[:, 0]) and torch.equal(seen["image_class_labels"], wanted[:, 1:])
+
+
+def test_random_crops_are_not_frozen(on_clips):
+    with pytest.raises(UserError, match="would freeze the random crops of clips.*skipdit encode"):
+        on_clips("frozen", "{}", "data.precompute_latents=true").fit()
+
+
+# ---------------------------------------------------------------------- starting from other weights
+
+
+def test_a_retrofit_trains_its_skips_first(trainer, tmp_path):
+    trainer("vanilla", "model.arguments.skip=null").fit()
+    start = f"init.from={tmp_path / 'vanilla' / 'pipeline'}"
+    stages = ("init.skips_only_steps=3", "init.lr_scale=0.1", "model.arguments.skip=residual", "save_every=3")
+    run = trainer("retrofit", start, *stages, "lr_schedule.warmup_steps=0")
+    before = {name: value.detach().clone() for name, value in run.module.named_parameters()}
+    run.fit()
+    first, second = (
+        load_file(checkpointing.checkpoint_folder(tmp_path / "retrofit", step) / "model.safetensors") for step in (3, 6)
+    )
+    for name, value in before.items():
+        # The zero-initialised fusion passes no gradient to its norm in the first step, but does in later ones.
+        assert torch.equal(first[name], value) != name.startswith("skip_"), name
+        assert not torch.equal(second[name], first[name]), name
+    rates = {(group["loaded"], group["skips"]): group["lr"] for group in run.optimizer.param_groups}
+    assert rates[True, False] == pytest.approx(0.1 * rates[False, True])
+    again = trainer(
+        "again",
+        f"resume={checkpointing.checkpoint_folder(tmp_path / 'retrofit', 3)}",
+        *stages,
+        "lr_schedule.warmup_steps=0",
+    )
+    again.fit()
+    assert_same_state(final(tmp_path / "again"), final(tmp_path / "retrofit"))
+
+
+def test_average_on_the_cpu_is_the_same(trainer, tmp_path):
+    trainer("beside").fit()
+    trainer("cpu", "ema.on_cpu=true").fit()
+    assert_same_state(final(tmp_path / "beside"), final(tmp_path / "cpu"))
+
+
+def test_a_v_objective_is_exported_with_its_sampler(trainer, tmp_path):
+    words = ("objective.prediction=v_prediction", "objective.zero_terminal_snr=true", "objective.weighting=min_snr")
+    trainer("v", *words, "max_steps=2").fit()
+    scheduler = SkipLattePipeline.from_pretrained(tmp_path / "v" / "pipeline").scheduler
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.rescale_betas_zero_snr
+
+
+def test_what_is_logged(trainer, tmp_path):
+    deep = "model.arguments.depth=8"
+    run = trainer("logged", deep, "diagnostics.every=3", "diagnostics.steps=4")
+    run.fit()
+    lines = [json.loads(line) for line in (tmp_path / "logged" / "log.jsonl").read_text().splitlines()]
+    told = [line["diagnostics"] for line in lines if "diagnostics" in line]
+    assert len(told) == 2 and set(told[0]) == {"skip_norm_0", "skip_norm_1", "feature_similarity"}
+    weight = run.module.skip_linears[1].linear.weight
+    assert told[1]["skip_norm_1"] == pytest.approx(torch.linalg.svdvals(weight.detach())[0].item(), rel=1e-4)
+    assert 0 < told[1]["feature_similarity"] <= 1
+    entries = log_of(tmp_path / "logged")
+    assert sum(entries[0]["mse_by_timestep"].values()) > 0
+    assert entries[0]["mfu"] == pytest.approx(entries[0]["tflops"] * 1e12 / run.matrix_rate)
+    assert entries[0]["tflops"] * 1e12 == pytest.approx(
+        3 * count_operations(run.module, (1, 4, 4, 8, 8)).total * entries[0]["clips_per_second"]
+    )
 
 
 # ---------------------------------------------------------------------- what it hands over
@@ -373,7 +536,7 @@ def test_unconditional_training(trainer, tmp_path):
         ("preview.classes=[10]", "no class 10"),
         ("preview.cache=N2", "preview: "),
         ("preview.sampler=euler", "preview: No sampler 'euler'"),
-        ("batch_size=3 gradient_accumulation_steps=2", "does not divide"),
+        ("micro_batch_size=0", "micro_batch_size must be at least 1"),
         ("model.arguments.num_classes=11", "num_classes=11, but digits has 10 classes"),
         ("model.arguments.num_frames=8", "num_frames is 8, but the latents of digits have 4"),
         ("model.arguments.sample_size=16", "sample_size is (16, 16), but the latents of digits have (8, 8)"),

@@ -12,11 +12,13 @@ import torch
 from skipdit.config import load_config
 from skipdit.errors import UserError
 from skipdit.training import checkpointing
-from skipdit.training.build import build_model, load_vae, lr_multiplier
+from skipdit.training.build import build_model, load_vae
 from skipdit.training.config import TrainConfig
-from skipdit.training.data import GlobalOrder, build_data
+from skipdit.training.data import build_data
 from skipdit.training.initial import load_initial
 from skipdit.training.noise import draw_noise, generator_for
+from skipdit.training.optimizing import lr_multiplier
+from skipdit.training.order import GlobalOrder
 from skipdit.training.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,8 +44,9 @@ def leaves(section, prefix=""):
 def test_every_setting_is_read(key):
     own = [ROOT / "skipdit" / "training" / f"{name}.py" for name in ("config", "autoencoder")]
     readers = [path for path in (ROOT / "skipdit" / "training").glob("*.py") if path not in own]
+    readers.append(ROOT / "skipdit" / "diffusion.py")
     text = "\n".join(path.read_text() for path in readers) + "\n".join(
-        re.findall(r"def per_pass.*?(?=\n    @|\n\n\n)|def folder.*?(?=\n\n\n)", own[0].read_text(), flags=re.S)
+        re.findall(r"def passes.*?(?=\n    @|\n\n\n)|def folder.*?(?=\n\n\n)", own[0].read_text(), flags=re.S)
     )
     assert re.search(rf"\.{key.rsplit('.', 1)[-1]}\b", text), f"nothing reads {key}"
 
@@ -53,7 +56,7 @@ def test_the_shipped_config_fits_its_parts():
     config.check()
     model = build_model(config.model)
     assert model.config.depth >= 12 and model.null_class == 10
-    dataset, names = build_data(config.data)
+    dataset, names = build_data(config.data, Path())
     assert len(names) == 10 and dataset[0]["video"].shape == (model.config.num_frames, 3, 32, 32)
 
 
@@ -66,7 +69,7 @@ def test_the_shipped_config_fits_its_parts():
         (["ema.decay=1"], "ema.decay must be in"),
         (["mixed_precision=fp8"], "mixed_precision must be one of no, bf16, fp16"),
         (["export_dtype=half"], "export_dtype must be one of"),
-        (["tracker=wandb"], "tracker must be one of null, tensorboard"),
+        (["tracker=mlflow"], "tracker must be one of null, tensorboard, wandb"),
         (["preview.num_samples=0"], "preview.num_samples must be at least 1"),
     ],
 )
@@ -75,11 +78,12 @@ def test_values_that_cannot_work(words, message):
         settings(*words).check()
 
 
-def test_batch_size_is_global():
-    config = settings("batch_size=24", "gradient_accumulation_steps=2")
-    assert [config.per_pass(processes) for processes in (1, 2, 4)] == [12, 6, 3]
-    with pytest.raises(UserError, match="batch_size=24 does not divide by 5 process.*choose a multiple of 10"):
-        config.per_pass(5)
+def test_batch_size_is_global_and_accumulation_follows():
+    assert [settings("batch_size=24").passes(processes) for processes in (1, 2, 4)] == [1, 1, 1]
+    config = settings("batch_size=24", "micro_batch_size=5")
+    assert [config.passes(processes) for processes in (1, 2, 4, 8)] == [6, 3, 2, 1]  # of 4, 4, 3 and 3 clips
+    with pytest.raises(UserError, match="batch_size=24 does not divide by 5 process"):
+        config.passes(5)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_models_that_cannot_be_built(words, message):
 )
 def test_data_sets_that_cannot_be_built(words, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        build_data(settings(*words).data)
+        build_data(settings(*words).data, Path())
 
 
 def test_missing_vae_names_the_command(tmp_path):
@@ -195,7 +199,9 @@ def orders(passes: int, processes: int, start: int = 0, stop: int = 9) -> list[l
 
 def test_each_epoch_takes_every_item_once_in_a_new_order():
     [batches] = orders(1, 1, stop=10)
-    stream = [item for batch in batches for item in batch]
+    draws = [draw for batch in batches for draw in batch]
+    assert [draw.epoch for draw in draws] == [place // 10 for place in range(40)]
+    stream = [draw.index for draw in draws]
     epochs = [stream[first : first + 10] for first in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -321,6 +327,8 @@ def test_pruning(tmp_path):
         save(tmp_path, step)
     checkpointing.prune(tmp_path, 0)
     assert len(checkpointing.list_checkpoints(tmp_path)) == 5
+    checkpointing.prune(tmp_path, 3, keep_every=2)
+    assert [step for step, _ in checkpointing.list_checkpoints(tmp_path)] == [2, 3, 4, 5]
     checkpointing.prune(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step-0000004",

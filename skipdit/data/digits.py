@@ -76,6 +76,7 @@ class MovingDigits(Dataset):
         digit_size: float | None = None,
         speed: tuple[float, float] | None = None,
     ):
+        self.class_names = list(DIGIT_NAMES)
         sides = (size, size) if isinstance(size, int) else tuple(size)
         if len(sides) != 2:
             raise ValueError(f"size must be one side or (height, width), not {size}.")

@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..files import check_writable
 from ..models import SkipBackbone, SkipDiTTransformer2DModel, SkipLatteTransformer3DModel
 from ..models.presets import PRESETS
+from ..operations import Operations, count_operations
 from ..schedulers import make_scheduler
 from ..weights import DTYPES
-from .operations import Operations, count_operations
 
 __all__ = ["BenchPlan", "make_plan"]
 

@@ -13,9 +13,9 @@ import torch
 
 from .. import __version__
 from ..files import written_whole
+from ..operations import speedup_bound
 from .bench_measure import ModeResult, Timing
 from .bench_plan import BenchPlan
-from .operations import speedup_bound
 
 __all__ = ["AIM", "make_report", "to_markdown", "write_report"]
 

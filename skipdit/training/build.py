@@ -2,13 +2,13 @@
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+import json
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from diffusers import AutoencoderKL
-from diffusers.optimization import get_scheduler
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch.utils.data import Dataset
 
 from ..config import nearest
@@ -17,8 +17,9 @@ from ..models import SkipBackbone
 from ..models.presets import FAMILIES, PRESETS
 from .config import DataConfig, ModelConfig, TrainConfig
 from .data import encode
+from .order import Draw, read_item
 
-__all__ = ["build_accelerator", "build_model", "check_fit", "load_vae", "lr_multiplier"]
+__all__ = ["build_accelerator", "build_model", "check_fit", "load_vae"]
 
 
 def build_model(config: ModelConfig) -> SkipBackbone:
@@ -41,7 +42,7 @@ def build_model(config: ModelConfig) -> SkipBackbone:
         raise UserError(f"model.arguments: {error}") from error
 
 
-def load_vae(path: str) -> AutoencoderKL:
+def load_vae(path: str) -> AutoencoderKL | AutoencoderTiny:
     """The frozen autoencoder, in float32.
 
     Raises:
@@ -54,9 +55,11 @@ def load_vae(path: str) -> AutoencoderKL:
             "or set vae= to the folder of another."
         )
     try:
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        kind = AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL
+        vae = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no AutoencoderKL: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{path} is no autoencoder: {str(error).strip().splitlines()[0]}") from error
     return vae.eval().requires_grad_(False)
 
 
@@ -82,14 +85,15 @@ def check_fit(
 
 def _check_shape(model: SkipBackbone, vae: AutoencoderKL, dataset: Dataset, config: DataConfig) -> None:
     cfg = model.config
-    latents = encode(vae, dataset[0]["video"][None], config.encode_batch)[0][0]
+    item = read_item(dataset, Draw(0, 0))
+    latents = item["mean"] if "mean" in item else encode(vae, item["video"][None], config.encode_batch)[0][0]
     sides = (cfg.sample_size, cfg.sample_size) if isinstance(cfg.sample_size, int) else tuple(cfg.sample_size)
     wanted = {
         "in_channels": (latents.shape[0], cfg.in_channels),
         "sample_size": (tuple(latents.shape[-2:]), sides),
     }
     if "num_frames" in cfg:
-        frames = latents.shape[1] if latents.ndim == 4 else 1
+        frames = latents.shape[1] - getattr(dataset, "images", 0) if latents.ndim == 4 else 1
         wanted["num_frames"] = (frames, cfg.num_frames)
     elif latents.ndim == 4:
         raise UserError(f"{config.name} gives clips, but the model makes pictures: set model.name=Latte.")
@@ -106,26 +110,14 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """
     if config.tracker and importlib.util.find_spec(config.tracker) is None:
         raise UserError(f"tracker={config.tracker} needs the package {config.tracker}: install it or use tracker=null.")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    passes = config.passes(PartialState(cpu=on_cpu).num_processes)
     try:
         return Accelerator(
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_accumulation_steps=passes,
             log_with=config.tracker,
             project_dir=config.output,
         )
     except ValueError as error:
         raise UserError(f"accelerate: {str(error).splitlines()[0]}") from error
-
-
-def lr_multiplier(config: TrainConfig) -> Callable[[int], float]:
-    """Learning rate of a step as a share of the base rate: diffusers' schedule as a function."""
-    cfg = config.lr_schedule
-    name = "constant_with_warmup" if cfg.name == "constant" else cfg.name
-    placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.optimizer.lr)
-    try:
-        schedule = get_scheduler(
-            name, placeholder, num_warmup_steps=cfg.warmup_steps, num_training_steps=config.max_steps
-        )
-    except ValueError as error:
-        raise UserError(f"lr_schedule.name={cfg.name!r}: {str(error).splitlines()[0]}.") from error
-    return schedule.lr_lambdas[0]

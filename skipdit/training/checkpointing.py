@@ -19,6 +19,7 @@ __all__ = [
     "check_same_run",
     "checkpoint_folder",
     "find_checkpoint",
+    "flat",
     "list_checkpoints",
     "prune",
     "read_trainer_state",
@@ -31,12 +32,12 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{7,})")
 
 # With another value of these the resumed run would be another run; other settings may change on the way.
-FIXED = ("model", "data.name", "data.arguments", "vae", "batch_size", "seed")
+FIXED = ("model", "objective", "data.name", "data.arguments", "vae", "batch_size", "seed")
 # These neither change what is learnt nor need a word about it.
 FREE = (
     "resume output log_every save_every keep_last export_dtype tracker preview max_dropped_steps "
     "init.from_ init.weights data.num_workers data.encode_batch data.precompute_latents "
-    "compile gradient_checkpointing gradient_accumulation_steps"
+    "compile gradient_checkpointing micro_batch_size keep_every diagnostics ema.on_cpu tf32"
 ).split()
 
 
@@ -138,9 +139,11 @@ def remove_leftovers(output: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def prune(output: Path, keep_last: int) -> None:
-    """Delete all but the newest checkpoints; 0 keeps all."""
-    for _, folder in list_checkpoints(output)[:-keep_last] if keep_last else []:
+def prune(output: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Delete all but the newest checkpoints (0 keeps all) and those of every `keep_every`-th step."""
+    for step, folder in list_checkpoints(output)[:-keep_last] if keep_last else []:
+        if keep_every and step % keep_every == 0:
+            continue
         # Renamed first, so that an interrupted deletion leaves no half checkpoint under a good name.
         doomed = folder.with_name(f".{folder.name}.partial")
         folder.rename(doomed)
@@ -185,16 +188,17 @@ def _covered(key: str, names: list[str] | tuple[str, ...]) -> bool:
 
 
 def _changes(saved: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
-    old = _flat(saved)
-    new = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    old = flat(saved)
+    new = flat(json.loads(json.dumps(dataclasses.asdict(config))))
     return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    settings = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        settings |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return settings
 
 
 def _flush(folder: Path) -> None:

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..diffusion import Objective
 from ..errors import UserError
 
 __all__ = [
     "DataConfig",
+    "DiagnosticsConfig",
     "EMAConfig",
     "InitConfig",
     "LRScheduleConfig",
@@ -49,8 +51,9 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019), in its fused form."""
+    """AdamW (Loshchilov & Hutter 2019)."""
 
+    name: str = "adamw"  # adamw (fused) or adamw8bit (of bitsandbytes)
     lr: float = 1e-4
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -71,6 +74,7 @@ class EMAConfig:
 
     decay: float = 0.9999
     warmup_power: float = 2 / 3  # at step s the decay is at most 1 - s ** -warmup_power; 0.75 suits short runs
+    on_cpu: bool = False  # keep it in the host's memory
 
 
 @dataclass
@@ -83,8 +87,17 @@ class PreviewConfig:
     guidance_scale: float = 4.0
     sampler: str = "ddim"
     steps: int = 50
-    cache: str = "off"  # Skip-Cache as N<interval>-<start>-<stop>, for example N2-900-50
+    cache: list[str] = field(default_factory=lambda: ["off"])  # a grid each: off, or Skip-Cache such as N2-900-50
     seed: int = 0
+
+
+@dataclass
+class DiagnosticsConfig:
+    """What the long skips do, measured while it trains."""
+
+    every: int = 0  # steps; 0: never
+    clips: int = 4  # of the batch, at most
+    steps: int = 50  # of the sampler whose neighbouring steps are compared
 
 
 @dataclass
@@ -98,27 +111,31 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    objective: Objective = field(default_factory=Objective)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
 
     output: str = "outputs/train"
     max_steps: int = 100_000
     batch_size: int = 32  # clips per optimizer step, over all processes and accumulated passes
-    gradient_accumulation_steps: int = 1
+    micro_batch_size: int | None = None  # most clips that one process takes at once; null: its whole share
     max_grad_norm: float = 1.0  # 0: never clip
     clip_after_step: int = 0  # the published recipe clips only after a while
     max_dropped_steps: int = 100  # so many non-finite steps in a row stop the run
     seed: int = 3407
 
     mixed_precision: str = "no"  # no, bf16 or fp16
+    tf32: bool = True  # float32 products on the matrix units of NVIDIA GPUs from Ampere on
     compile: bool = False
     gradient_checkpointing: bool = False
 
     log_every: int = 100
     save_every: int = 1000
     keep_last: int = 3  # checkpoints; 0: all
+    keep_every: int = 0  # steps whose checkpoints stay for good; 0: none
     resume: str | None = None  # latest, the path of a checkpoint, or null for a new run
     export_dtype: str = "float16"  # of output/pipeline
-    tracker: str | None = None  # tensorboard or null
+    tracker: str | None = "tensorboard"  # tensorboard, wandb or null
 
     def check(self) -> None:
         """Refuse values that cannot work.
@@ -126,10 +143,16 @@ class TrainConfig:
         Raises:
             UserError: One sentence that names the key.
         """
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "save_every"):
+        for name in ("max_steps", "batch_size", "log_every", "save_every"):
             _at_least(1, name, getattr(self, name))
-        for name in ("keep_last", "seed", "max_grad_norm", "clip_after_step"):
+        for name in ("keep_last", "keep_every", "seed", "max_grad_norm", "clip_after_step"):
             _at_least(0, name, getattr(self, name))
+        if self.micro_batch_size is not None:
+            _at_least(1, "micro_batch_size", self.micro_batch_size)
+        _at_least(0, "diagnostics.every", self.diagnostics.every)
+        _at_least(1, "diagnostics.clips", self.diagnostics.clips)
+        _at_least(2, "diagnostics.steps", self.diagnostics.steps)
+        _one_of("optimizer.name", self.optimizer.name, ("adamw", "adamw8bit"))
         _at_least(1, "max_dropped_steps", self.max_dropped_steps)
         _at_least(1, "data.encode_batch", self.data.encode_batch)
         _at_least(0, "data.num_workers", self.data.num_workers)
@@ -149,22 +172,21 @@ class TrainConfig:
             raise UserError(f"ema.decay must be in [0, 1), not {self.ema.decay}.")
         _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         _one_of("export_dtype", self.export_dtype, ("float32", "float16", "bfloat16"))
-        _one_of("tracker", self.tracker, (None, "tensorboard"))
+        _one_of("tracker", self.tracker, (None, "tensorboard", "wandb"))
 
-    def per_pass(self, processes: int) -> int:
-        """Clips that one process takes in one forward pass.
+    def passes(self, processes: int) -> int:
+        """Forward passes of each process in one step: the fewest equal ones of at most `micro_batch_size` clips.
 
         Raises:
             UserError: The global batch does not divide.
         """
-        passes = processes * self.gradient_accumulation_steps
-        if self.batch_size % passes:
+        if self.batch_size % processes:
             raise UserError(
-                f"batch_size={self.batch_size} does not divide by {processes} process(es) times "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: choose a multiple of "
-                f"{passes}."
+                f"batch_size={self.batch_size} does not divide by {processes} process(es): choose a multiple of them."
             )
-        return self.batch_size // passes
+        share = self.batch_size // processes
+        most = self.micro_batch_size or share
+        return next(passes for passes in range(1, share + 1) if share % passes == 0 and share // passes <= most)
 
     @property
     def folder(self) -> Path:

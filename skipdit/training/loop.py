@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..config import load_config, save_config, setting_name
-from ..diffusion import training_losses
 from ..errors import UserError
 from ..files import check_writable
-from . import checkpointing, samples
-from .build import build_accelerator, build_model, check_fit, load_vae, lr_multiplier
+from . import checkpointing, diagnostics, samples
+from .batches import BatchLosses
+from .build import build_accelerator, build_model, check_fit, load_vae
 from .config import TrainConfig
-from .data import GlobalOrder, LatentClips, build_data, encode, precompute_latents
-from .initial import is_skip, load_initial
-from .noise import draw_noise
+from .data import LatentClips, build_data, precompute_latents
+from .diagnostics import TimestepBins
+from .initial import load_initial
+from .optimizing import WeightAverage, build_optimizer, lr_multiplier, set_learning_rates
+from .order import GlobalOrder, read_batches
 from .progress import Progress
 from .stopping import StopRequest
 
@@ -61,26 +62,28 @@ class Trainer:
         config.check()
         self.config = config
         self.accelerator = build_accelerator(config)
-        self.per_pass = config.per_pass(self.accelerator.num_processes)
+        self.is_main = self.accelerator.is_main_process
         self.output = check_writable(config.folder)
         checkpoint = checkpointing.find_checkpoint(config.resume, self.output)
         saved = checkpointing.read_trainer_state(checkpoint) if checkpoint else None
         if saved:
             checkpointing.check_same_run(saved["config"], config, checkpoint)
 
-        self.dataset, self.class_names = build_data(config.data)
+        with self.accelerator.main_process_first():  # which indexes the files for all
+            self.dataset, self.class_names = build_data(config.data, self.output)
         self.vae = load_vae(config.vae).to(self.accelerator.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model)
         self.loaded = set(saved["loaded"]) if saved else load_initial(model, config.init)
-        self.model_class_dropout = model.config.class_dropout_prob
         check_fit(model, self.vae, self.dataset, self.class_names, config.data)
         self.preview_classes = samples.check_preview(config.preview, model, self.class_names)
 
         self.step, self.dropped, self.dropped_in_a_row = 0, 0, 0
+        self.unreadable: set[int] = set()  # items that this process could not read
+        self.unreadable_everywhere = 0
         self.stop, self.stopping = StopRequest(), False
         self._prepare(model)
-        if self.accelerator.is_main_process:
+        if self.is_main:
             checkpointing.remove_leftovers(self.output)
         if checkpoint:
             self._restore(checkpoint, saved)
@@ -91,53 +94,27 @@ class Trainer:
 
     def _prepare(self, model: torch.nn.Module) -> None:
         cfg = self.config
+        if cfg.tf32:
+            torch.set_float32_matmul_precision("high")
         if cfg.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if cfg.compile:
             model.compile()  # in place, so that parameter names stay as they are
-        self.module = model.train()
-        optimizer = torch.optim.AdamW(
-            self._parameter_groups(model),
-            lr=cfg.optimizer.lr,
-            betas=tuple(cfg.optimizer.betas),
-            eps=cfg.optimizer.eps,
-            weight_decay=cfg.optimizer.weight_decay,
-            fused=True,
-        )
+        optimizer = build_optimizer(model.train(), cfg.optimizer, self.loaded)
         self.lr_multiplier = lr_multiplier(cfg)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.names = [name for name, _ in self.module.named_parameters()]
+        self.module = self.accelerator.unwrap_model(self.model)
         self.parameters = list(self.module.parameters())
-        self.ema = EMAModel(
-            self.parameters,
-            decay=cfg.ema.decay,
-            use_ema_warmup=True,
-            power=cfg.ema.warmup_power,
-            foreach=True,
-        )
-
-    def _parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Parameters by what decides their learning rate: loaded or fresh, long skip or not."""
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            groups.setdefault((name in self.loaded, is_skip(name)), []).append(parameter)
-        return [{"params": members, "loaded": kind[0], "skips": kind[1]} for kind, members in groups.items()]
-
-    def _set_learning_rates(self) -> float:
-        """Those of this step; returns that of fresh weights."""
-        init = self.config.init
-        lr = self.config.optimizer.lr * self.lr_multiplier(self.step)
-        for group in self.optimizer.param_groups:
-            waits = self.step < init.skips_only_steps and not group["skips"]
-            group["lr"] = 0.0 if waits else lr * (init.lr_scale if group["loaded"] else 1.0)
-        return lr
+        names = [name for name, _ in self.module.named_parameters()]
+        self.average = WeightAverage(names, self.parameters, cfg.ema)
+        images = getattr(self.dataset, "images", 0)
+        self.losses = BatchLosses(cfg, self.accelerator, self.model, self.module, self.vae, images)
+        self.bins = TimestepBins(self.accelerator.device)
 
     def _restore(self, folder: Path, saved: dict[str, Any]) -> None:
         self.accelerator.load_state(str(folder))
         self.accelerator.step = 0  # accelerate's count of passes; a checkpoint lies between two whole steps
-        averaged = load_file(folder / "ema.safetensors")
-        self.ema.shadow_params = [averaged[name].to(self.accelerator.device) for name in self.names]
-        self.ema.optimization_step = saved["ema_updates"]
+        self.average.load(load_file(folder / "ema.safetensors"), saved["ema_updates"])
         self.step, self.dropped = saved["step"], saved["dropped_steps"]
         cfg = self.config.optimizer
         for group in self.optimizer.param_groups:  # the config's settings, should they have changed
@@ -148,9 +125,8 @@ class Trainer:
 
     def say(self, line: str) -> None:
         """Print on the main process, past the progress bar."""
-        if self.accelerator.is_main_process:
-            tqdm.write(line)
-            sys.stdout.flush()
+        if self.is_main:
+            _print(line)
 
     # ------------------------------------------------------------------ the loop
 
@@ -160,15 +136,19 @@ class Trainer:
         if self.step >= cfg.max_steps:
             self.say(f"Step {self.step} of {cfg.max_steps}: nothing left to train.")
             return self._finish()
-        if self.accelerator.is_main_process:
+        if self.is_main:
             save_config(cfg, self.output / "train.yaml")
         if cfg.tracker:
-            self.accelerator.init_trackers(cfg.tracker)
+            settings = checkpointing.flat(dataclasses.asdict(cfg))
+            scalars = {
+                key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()
+            }
+            self.accelerator.init_trackers("skipdit", config=scalars)
         dataset = self._training_set()
         order = GlobalOrder(
             len(dataset),
             cfg.batch_size,
-            cfg.gradient_accumulation_steps,
+            self.accelerator.gradient_accumulation_steps,
             self.accelerator.process_index,
             self.accelerator.num_processes,
             cfg.seed,
@@ -176,18 +156,18 @@ class Trainer:
             cfg.max_steps,
         )
         in_memory = isinstance(dataset, LatentClips)
-        batches = iter(order.loader(dataset, 0 if in_memory else cfg.data.num_workers))
+        batches = iter(read_batches(dataset, order, 0 if in_memory else cfg.data.num_workers))
         self._announce(dataset)
-        with self.stop, _attention_backend(self.accelerator.device), Progress(self) as progress:
+        self._measure_hardware()
+        progress = Progress(
+            self.output, self.step, cfg.max_steps, cfg.batch_size, self.is_main, self.say, self.accelerator.log
+        )
+        with self.stop, _attention_backend(self.accelerator.device), progress:
             while self.step < cfg.max_steps and not self.stopping:
                 progress.add(self._step(batches, order))
                 if self.step % cfg.log_every == 0 or self.step == cfg.max_steps:
-                    progress.log()
-                if self.step % cfg.save_every == 0 and self.step < cfg.max_steps:
-                    self._save()
-                    self._attempt("export", self._export)
-                if cfg.preview.every and self.step % cfg.preview.every == 0 and self.step < cfg.max_steps:
-                    self._attempt("preview", self._preview)
+                    progress.log(self.step, self._status(progress.clips_per_second))
+                self._at_intervals(progress)
                 progress.resume_clock()
             folder = self._save()
         if self.step < cfg.max_steps:
@@ -196,63 +176,81 @@ class Trainer:
         else:
             self._finish()
 
+    def _at_intervals(self, progress: Progress) -> None:
+        cfg, step = self.config, self.step
+        if cfg.diagnostics.every and step % cfg.diagnostics.every == 0:
+            self._attempt("diagnostics", lambda: progress.note(step, {"diagnostics": self._diagnose()}))
+        if step == cfg.max_steps:
+            return
+        if step % cfg.save_every == 0:
+            self._save()
+            self._export()
+        if cfg.preview.every and step % cfg.preview.every == 0:
+            self._preview()
+
     def _training_set(self) -> Dataset:
         if not self.config.data.precompute_latents:
             return self.dataset
+        if hasattr(self.dataset, "item"):
+            raise UserError(
+                f"data.precompute_latents would freeze the random crops of {self.config.data.name}: write its latents "
+                "with 'skipdit encode' and train from them (data.name=latents)."
+            )
         self.say(f"Encoding {len(self.dataset)} items once.")
         return precompute_latents(self.accelerator, self.vae, self.dataset, self.config.data)
 
     def _announce(self, dataset: Dataset) -> None:
         parameters = sum(parameter.numel() for parameter in self.parameters)
         if self.loaded and not self.step:
-            self.say(f"Starting from {self.config.init.from_}: {len(self.loaded)} of {len(self.names)} tensors loaded.")
+            total = len(self.parameters)
+            self.say(f"Starting from {self.config.init.from_}: {len(self.loaded)} of {total} tensors loaded.")
         precision = self.accelerator.mixed_precision
+        passes = self.accelerator.gradient_accumulation_steps
+        processes = self.accelerator.num_processes
         self.say(
             f"Training {type(self.module).__name__} ({parameters:,} parameters) on {len(dataset)} items, "
-            f"{self.accelerator.num_processes} process(es), {self.per_pass} items a pass, "
+            f"{processes} process(es), {self.config.batch_size // passes // processes} items a pass, "
+            f"{passes} pass(es) a step, "
             f"steps {self.step + 1} to {self.config.max_steps}; {self.accelerator.device}, "
             f"{'float32' if precision == 'no' else precision}. Output: {self.output}"
         )
 
-    def _step(self, batches: Iterator[dict[str, torch.Tensor]], order: GlobalOrder) -> dict[str, float]:
+    def _measure_hardware(self) -> None:
+        """What the model's floating-point operations are compared with."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            self.matrix_rate = diagnostics.matrix_rate(self.accelerator.device, dtype)
+        self.clip_operations = diagnostics.training_operations(self.module)
+
+    def _step(self, batches: Iterator[dict[str, Any]], order: GlobalOrder) -> dict[str, float]:
         """One optimizer step on the next global batch.
 
         Returns:
             Global means of "loss", "mse", "vb"; "grad_norm" before clipping; "lr"; "applied", 0 if dropped.
         """
         cfg = self.config
-        lr = self._set_learning_rates()
-        totals = torch.zeros(4, device=self.accelerator.device)
-        for accumulated in range(cfg.gradient_accumulation_steps):
+        lr = set_learning_rates(self.optimizer, cfg, self.step, self.lr_multiplier(self.step))
+        totals = torch.zeros(6, device=self.accelerator.device)
+        for accumulated in range(order.passes):
+            batch = next(batches)
+            totals[5] += self._note_unreadable(batch["unreadable"])
             with self.accelerator.accumulate(self.model):
-                losses = self._losses(next(batches), order.positions(accumulated))
-                self.accelerator.backward(losses["loss"].mean())
-                totals[:3] += torch.stack([losses[name].detach().mean() for name in ("loss", "mse", "vb")])
-        totals /= cfg.gradient_accumulation_steps
-        totals[3] = float(self.stop.requested)
-        loss, mse, vb, stop = self.accelerator.reduce(totals, "mean").tolist()
+                losses = self.losses(batch, self.step, order.positions(accumulated))
+                self.accelerator.backward(losses.objective)
+            sums = [(losses.items[name].detach() * losses.valid).sum() for name in ("loss", "mse", "vb")]
+            totals[:4] += torch.stack([*sums, losses.valid.sum()])
+            self.bins.add(losses.timestep, losses.items["mse"], losses.valid)
+        self.last_batch = losses
+        totals[4] = float(self.stop.requested)
+        *sums, valid, stop, unreadable = self.accelerator.reduce(totals, "sum").tolist()
+        loss, mse, vb = (total / max(valid, 1.0) for total in sums)
         clips = cfg.max_grad_norm and self.step >= cfg.clip_after_step
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, cfg.max_grad_norm if clips else math.inf))
-        applied = self._update(math.isfinite(loss) and math.isfinite(norm))
+        norm = _number(self.accelerator.clip_grad_norm_(self.parameters, cfg.max_grad_norm if clips else math.inf))
+        applied = self._update(math.isfinite(loss) and math.isfinite(norm) and valid > 0)
         self.step += 1
         self.stopping = stop > 0  # of any process, so that all stop after the same step
+        self._check_unreadable(int(unreadable))
         return {"loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": lr, "applied": float(applied)}
-
-    def _losses(self, batch: dict[str, torch.Tensor], positions: range) -> dict[str, torch.Tensor]:
-        device = self.accelerator.device
-        if "mean" in batch:
-            mean, std = batch["mean"].to(device), batch["std"].to(device)
-        else:
-            mean, std = encode(self.vae, batch["video"], self.config.data.encode_batch)
-        drawn = draw_noise(self.config.seed, self.step, positions, mean.shape[1:])
-        timestep, dropout, noise, posterior = (values.to(device) for values in drawn)
-        latents = (mean + std * posterior) * self.vae.config.scaling_factor
-        class_labels = None
-        if self.module.null_class is not None:
-            class_labels = batch["class_label"].to(device)
-            class_labels = torch.where(dropout < self.model_class_dropout, self.module.null_class, class_labels)
-        with self.accelerator.autocast():
-            return training_losses(self.model, latents, timestep, noise, class_labels)
 
     def _update(self, finite: bool) -> bool:
         """Apply the gradients if they are finite; the loss scaler of fp16 must see the others too."""
@@ -261,7 +259,7 @@ class Trainer:
         applied = finite and not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad(set_to_none=True)
         if applied:
-            self.ema.step(self.parameters)
+            self.average.step()
             self.dropped_in_a_row = 0
             return True
         self.dropped, self.dropped_in_a_row = self.dropped + 1, self.dropped_in_a_row + 1
@@ -273,32 +271,70 @@ class Trainer:
             )
         return False
 
-    # ------------------------------------------------------------------ what it leaves on the disk
+    def _note_unreadable(self, found: dict[int, tuple[int, str]]) -> int:
+        """Name each item that could not be read once; returns how many are new."""
+        new = {index: reason for index, reason in found.values() if index not in self.unreadable}
+        for index, reason in new.items():
+            _print(f"Step {self.step + 1}: {reason}; it is left out from now on.")
+            self.unreadable.add(index)
+        return len(new)
 
-    def averaged_weights(self) -> dict[str, torch.Tensor]:
-        """EMA weights by parameter name, on the CPU."""
-        return {name: value.detach().cpu() for name, value in zip(self.names, self.ema.shadow_params, strict=True)}
+    def _check_unreadable(self, new: int) -> None:
+        self.unreadable_everywhere += new
+        most = getattr(self.dataset, "max_bad_share", 1.0) * len(self.dataset)
+        if new and self.unreadable_everywhere > most:
+            raise UserError(
+                f"{self.unreadable_everywhere} of {len(self.dataset)} items cannot be read (named above), more than "
+                "data.arguments.max_bad_share allows: repair them, or allow more, and start again with resume=latest."
+            )
+
+    # ------------------------------------------------------------------ what it tells
+
+    def _status(self, clips_per_second: float) -> dict[str, float | dict[str, float]]:
+        rate = self.clip_operations * clips_per_second / self.accelerator.num_processes
+        return {
+            "mse_by_timestep": self.bins.read(self.accelerator.reduce(self.bins.totals.clone(), "sum")),
+            "tflops": rate / 1e12,
+            "mfu": rate / self.matrix_rate,
+            "memory_gib": diagnostics.memory_gib(self.accelerator.device),
+            "dropped_steps": self.dropped,
+            "unreadable_items": self.unreadable_everywhere,
+        }
+
+    def _diagnose(self) -> dict[str, float]:
+        """Spectral norm of each skip fusion, similarity of deep features between neighbouring steps."""
+        cfg = self.config.diagnostics
+        latents, labels = self.last_batch.latents[: cfg.clips], self.last_batch.class_labels
+        labels = None if labels is None else labels[: cfg.clips]
+        if images := self.losses.images:
+            latents = latents[:, :, :-images]
+        norms = {f"skip_norm_{index}": norm for index, norm in enumerate(diagnostics.skip_norms(self.module))}
+        with self.accelerator.autocast():
+            similarity = diagnostics.feature_similarity(self.module, latents, labels, self.config.objective, cfg.steps)
+        return {**norms, "feature_similarity": sum(similarity) / len(similarity)}
+
+    # ------------------------------------------------------------------ what it leaves on the disk
 
     def _save(self) -> Path:
         folder = checkpointing.checkpoint_folder(self.output, self.step)
         state = {
             "step": self.step,
             "dropped_steps": self.dropped,
-            "ema_updates": self.ema.optimization_step,
+            "ema_updates": self.average.updates,
             "processes": self.accelerator.num_processes,
             "loaded": sorted(self.loaded),
             "config": dataclasses.asdict(self.config),
         }
-        is_main = self.accelerator.is_main_process
 
         def write(partial: Path) -> None:
             self.accelerator.save_state(str(partial))
-            if is_main:
-                save_file(self.averaged_weights(), partial / "ema.safetensors")
+            averages = self.average.state()  # on every process
+            if self.is_main:
+                save_file(averages, partial / "ema.safetensors")
 
-        checkpointing.write_checkpoint(folder, state, write, is_main, self.accelerator.wait_for_everyone)
-        if is_main:
-            checkpointing.prune(self.output, self.config.keep_last)
+        checkpointing.write_checkpoint(folder, state, write, self.is_main, self.accelerator.wait_for_everyone)
+        if self.is_main:
+            checkpointing.prune(self.output, self.config.keep_last, self.config.keep_every)
         return folder
 
     def _attempt(self, what: str, action: Callable[[], None]) -> None:
@@ -308,26 +344,45 @@ class Trainer:
         except Exception as error:  # whatever it is, days of training are worth more
             self.say(f"Step {self.step}: the {what} failed ({type(error).__name__}: {error}); training goes on.")
 
-    def _export(self) -> None:
-        if self.accelerator.is_main_process:
-            model = samples.model_with(self.module, self.averaged_weights())
-            samples.export_pipeline(
-                model, self.vae, self.class_names, self.config.export_dtype, self.output / "pipeline"
-            )
+    def _export(self, must: bool = False) -> None:
+        averages = self.average.state()
 
-    def _preview(self) -> None:
-        if self.accelerator.is_main_process:
+        def export() -> None:
+            model = samples.model_with(self.module, averages)
+            dtype, objective = self.config.export_dtype, self.config.objective
+            samples.export_pipeline(model, self.vae, self.class_names, objective, dtype, self.output / "pipeline")
+
+        if self.is_main:
+            export() if must else self._attempt("export", export)
+
+    def _preview(self, must: bool = False) -> None:
+        averages = self.average.state()
+
+        def preview() -> None:
             cfg = self.config.preview
-            model = samples.model_with(self.module, self.averaged_weights()).to(self.accelerator.device)
-            pipeline = samples.make_pipeline(model, self.vae, self.class_names, cfg.sampler)
+            model = samples.model_with(self.module, averages).to(self.accelerator.device)
+            pipeline = samples.make_pipeline(model, self.vae, self.class_names, self.config.objective, cfg.sampler)
             path = self.output / "samples" / f"step-{self.step:07d}"
             samples.write_preview(pipeline, cfg, self.preview_classes, path)
 
+        if self.is_main:
+            preview() if must else self._attempt("preview", preview)
+
     def _finish(self) -> None:
-        self._export()
+        self._export(must=True)
         if self.config.preview.every:
-            self._preview()
+            self._preview(must=True)
         self.say(f"Trained {self.step} steps ({self.dropped} dropped). Pipeline: {self.output / 'pipeline'}")
+
+
+def _print(line: str) -> None:
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def _number(value: Any) -> float:
+    """Of a tensor, whole or sharded."""
+    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
 def _attention_backend(device: torch.device) -> contextlib.AbstractContextManager:

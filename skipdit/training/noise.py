@@ -19,7 +19,7 @@ class StepNoise(NamedTuple):
 
     Attributes:
         timestep: [B], integers 0..999, uniform.
-        dropout: [B], uniform in [0, 1): below the model's `class_dropout_prob`, the null class is the label.
+        dropout: [B, labels], uniform in [0, 1): below the model's `class_dropout_prob`, the null class is the label.
         noise: Standard normal [B, ...], of the latents' shape: what the diffusion adds.
         posterior: Likewise: picks the latents from the autoencoder's posterior.
     """
@@ -38,16 +38,16 @@ def generator_for(purpose: str, *counters: int) -> torch.Generator:
 
 
 def draw_noise(
-    seed: int, step: int, positions: Sequence[int], shape: Sequence[int], num_timesteps: int = 1000
+    seed: int, step: int, positions: Sequence[int], shape: Sequence[int], num_timesteps: int = 1000, labels: int = 1
 ) -> StepNoise:
-    """Draw for the samples at these places of the global batch, each of the given shape."""
+    """Draw for the samples at these places of the global batch, each of the given shape and with so many labels."""
     samples = []
     for position in positions:
         generator = generator_for("step", seed, step, position)
         samples.append(
             StepNoise(
                 torch.randint(num_timesteps, (), generator=generator),
-                torch.rand((), generator=generator),
+                torch.rand(labels, generator=generator),
                 torch.randn(*shape, generator=generator),
                 torch.randn(*shape, generator=generator),
             )

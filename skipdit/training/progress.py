@@ -3,38 +3,50 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from tqdm import tqdm
 
 from ..files import written_whole
 
-if TYPE_CHECKING:
-    from .loop import Trainer
-
 __all__ = ["Progress"]
+
+MEANS = ("loss", "mse", "vb", "grad_norm")
 
 
 class Progress:
-    """Averages over the steps since the last line; its clock leaves out saving and sampling."""
+    """Averages over the steps since the last line; its clock leaves out saving and sampling.
 
-    def __init__(self, trainer: "Trainer"):
-        self.trainer = trainer
-        self.path = trainer.output / "log.jsonl"
-        self.is_main = trainer.accelerator.is_main_process
-        self.bar = tqdm(
-            total=trainer.config.max_steps,
-            initial=trainer.step,
-            desc="train",
-            unit="step",
-            disable=None if self.is_main else True,
-        )
+    Args:
+        folder: Of the run; log.jsonl is there.
+        start, stop: First step, and the one after the last.
+        batch_size: Clips of a step.
+        is_main: Whether this process writes.
+        say: Prints a line past the bar.
+        track: Takes values and a step: accelerate's trackers.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        stop: int,
+        batch_size: int,
+        is_main: bool,
+        say: Callable[[str], None],
+        track: Callable[..., None],
+    ):
+        self.path, self.start, self.stop, self.batch_size = folder / "log.jsonl", start, stop, batch_size
+        self.is_main, self.say, self.track = is_main, say, track
+        self.bar = tqdm(total=stop, initial=start, desc="train", unit="step", disable=None if is_main else True)
+        self.last_lr = 0.0
         self._reset()
 
     def __enter__(self) -> "Progress":
         if self.is_main:
-            self._forget_after(self.trainer.step)
+            self._forget_after(self.start)
         self.clock = time.perf_counter()
         return self
 
@@ -62,38 +74,51 @@ class Progress:
         self.bar.update()
         self.clock = time.perf_counter()
 
-    def log(self) -> None:
-        """Write a line about the steps since the last one."""
-        trainer = self.trainer
-        clips_per_second = self.steps * trainer.config.batch_size / self.seconds
-        left = (trainer.config.max_steps - trainer.step) * self.seconds / self.steps
+    @property
+    def clips_per_second(self) -> float:
+        """Of the steps since the last line."""
+        return self.steps * self.batch_size / self.seconds
+
+    def log(self, step: int, more: dict[str, float | dict[str, float]]) -> None:
+        """Write a line about the steps since the last one.
+
+        Args:
+            step: Steps done.
+            more: Further values; of a mapping each value is a curve of its own for the trackers.
+        """
+        left = (self.stop - step) * self.seconds / self.steps
         means = {
             name: sum(values[name] for values in self.window) / len(self.window) if self.window else math.nan
-            for name in ("loss", "mse", "vb", "grad_norm")
+            for name in MEANS
         }
-        entry = {
-            "step": trainer.step,
-            **means,
-            "lr": self.last_lr,
-            "clips_per_second": clips_per_second,
-            "dropped_steps": trainer.dropped,
-        }
-        trainer.say(
-            f"step {trainer.step}/{trainer.config.max_steps}  "
-            f"loss {means['loss']:.4f}  mse {means['mse']:.4f}  "
+        entry = {**means, "lr": self.last_lr, "clips_per_second": self.clips_per_second, **more}
+        self.say(
+            f"step {step}/{self.stop}  loss {means['loss']:.4f}  mse {means['mse']:.4f}  "
             f"vb {means['vb']:.4f}  grad {means['grad_norm']:.3f}  lr {self.last_lr:.2e}  "
-            f"{clips_per_second:.1f} clips/s  {timedelta(seconds=round(left))} left"
+            f"{self.clips_per_second:.1f} clips/s  {timedelta(seconds=round(left))} left"
         )
+        self.note(step, entry)
+        self._reset()
+        self.resume_clock()
+
+    def note(self, step: int, entry: dict[str, float | dict[str, float]]) -> None:
+        """Write values to the log and the trackers alone."""
         if self.is_main:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        trainer.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=trainer.step)
-        self._reset()
-        self.clock = time.perf_counter()
+                file.write(json.dumps({"step": step, **entry}) + "\n")
+        self.track(dict(_flat(entry)), step=step)
 
     def resume_clock(self) -> None:
         """Start counting again after work that is no training."""
         self.clock = time.perf_counter()
+
+
+def _flat(entry: dict[str, float | dict[str, float]]):
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", inner_value) for inner, inner_value in value.items())
+        else:
+            yield name, value
 
 
 def _step_of(line: str) -> float:

@@ -1,19 +1,24 @@
 """What a run shows and hands over: grids of samples while it trains, and the finished pipeline."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 
 from ..cache import SkipCacheConfig
+from ..diffusion import Objective
 from ..errors import UserError
 from ..files import written_whole
+from ..media import Pixels, make_grid, to_uint8, write_gif, write_png
 from ..models import SkipBackbone, SkipLatteTransformer3DModel
 from ..pipelines import SkipDiTPipeline, SkipLattePipeline
 from ..schedulers import make_scheduler
 from .config import PreviewConfig
+
+FPS = 8
 
 __all__ = ["check_preview", "export_pipeline", "make_pipeline", "model_with", "write_preview"]
 
@@ -26,9 +31,9 @@ def check_preview(config: PreviewConfig, model: SkipBackbone, class_names: list[
     """
     try:
         make_scheduler(config.sampler)
-        if config.cache != "off":
-            model.enable_cache(SkipCacheConfig.parse(config.cache))
-            model.disable_cache()
+        for cache in config.cache:
+            with _cached(model, cache):
+                pass
     except ValueError as error:
         raise UserError(f"preview: {error}") from error
     if model.null_class is None:
@@ -60,62 +65,75 @@ def model_with(model: SkipBackbone, weights: dict[str, torch.Tensor]) -> SkipBac
     return twin.eval().requires_grad_(False)
 
 
-def make_pipeline(model: SkipBackbone, vae: AutoencoderKL, class_names: list[str] | None, sampler: str = "ddim"):
-    """The pipeline class that goes with the backbone, set up with a sampler by name."""
+def make_pipeline(
+    model: SkipBackbone,
+    vae: AutoencoderKL,
+    class_names: list[str] | None,
+    objective: Objective,
+    sampler: str = "ddim",
+):
+    """The pipeline class that goes with the backbone, set up with a sampler for what it was trained to predict."""
     kind = SkipLattePipeline if isinstance(model, SkipLatteTransformer3DModel) else SkipDiTPipeline
-    return kind(transformer=model, vae=vae, scheduler=make_scheduler(sampler), class_names=class_names)
+    scheduler = make_scheduler(sampler, **objective.sampler_settings)
+    return kind(transformer=model, vae=vae, scheduler=scheduler, class_names=class_names)
 
 
 @torch.no_grad()
 def write_preview(pipeline, config: PreviewConfig, classes: list[int] | None, path: Path) -> None:
-    """Sample a grid, one cell a sample, and write it as a GIF (clips) or a PNG (pictures).
+    """Sample a labelled grid for each setting of the cache, one cell a sample: GIFs of clips, PNGs of pictures.
 
     Each sample has a generator of its own, so the training's random state is untouched.
     """
     count = config.num_samples if classes is None else len(classes)
-    generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + index) for index in range(count)]
     inputs = {"num_samples": count} if classes is None else {"class_labels": classes}
-    if config.cache != "off":
-        pipeline.transformer.enable_cache(SkipCacheConfig.parse(config.cache))
     pipeline.set_progress_bar_config(disable=True)
-    with torch.random.fork_rng(devices=[]):
-        result = pipeline(
-            **inputs,
-            num_inference_steps=config.steps,
-            guidance_scale=config.guidance_scale,
-            generator=generators,
-            output_type="pil",
-        )
-    if config.cache != "off":
-        pipeline.transformer.disable_cache()
-    clips = result.frames if "frames" in result else [[image] for image in result.images]
-    columns = min(count, 5)
-    grids = [_grid([clip[frame] for clip in clips], columns) for frame in range(len(clips[0]))]
-    with written_whole(path.with_suffix(".gif" if len(grids) > 1 else ".png")) as temporary:
-        grids[0].save(
-            temporary,
-            **({"save_all": True, "append_images": grids[1:], "duration": 125, "loop": 0} if len(grids) > 1 else {}),
-        )
+    for cache in config.cache:
+        generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + index) for index in range(count)]
+        with torch.random.fork_rng(devices=[]), _cached(pipeline.transformer, cache):
+            result = pipeline(
+                **inputs,
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance_scale,
+                generator=generators,
+                output_type="np",
+            )
+        names = pipeline.class_names
+        captions = None if classes is None else [names[index] if names else str(index) for index in classes]
+        grid = _grid(result, captions)
+        where = path if cache == "off" else path.with_name(f"{path.name}-{cache}")
+        if len(grid) > 1:
+            write_gif(where.with_suffix(".gif"), grid, FPS)
+        else:
+            write_png(where.with_suffix(".png"), grid[0])
 
 
-def _grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    scale = max(1, 64 // images[0].width)
-    width, height = images[0].width * scale + gap, images[0].height * scale + gap
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * width, rows * height), (64, 64, 64))
-    for index, image in enumerate(images):
-        image = image.resize((width - gap, height - gap), Image.Resampling.NEAREST)
-        grid.paste(image, (index % columns * width, index // columns * height))
-    return grid
+@contextmanager
+def _cached(model: SkipBackbone, cache: str) -> Iterator[None]:
+    if cache != "off":
+        model.enable_cache(SkipCacheConfig.parse(cache))
+    yield
+    if cache != "off":
+        model.disable_cache()
+
+
+def _grid(result, captions: list[str] | None) -> Pixels:
+    """Frames of the grid [T, H, W, 3]; one of pictures."""
+    clips = to_uint8(result.frames if "frames" in result else result.images[:, None])
+    return make_grid(clips, captions, columns=min(len(clips), 5))
 
 
 def export_pipeline(
-    model: SkipBackbone, vae: AutoencoderKL, class_names: list[str] | None, dtype: str, folder: Path
+    model: SkipBackbone,
+    vae: AutoencoderKL,
+    class_names: list[str] | None,
+    objective: Objective,
+    dtype: str,
+    folder: Path,
 ) -> None:
     """Save a pipeline with the DDIM sampler in this dtype; `model` is converted in place, `vae` copied."""
     kind = getattr(torch, dtype)
     # nn.Module.to, because that of diffusers warns of modules kept in float32, of which there are none.
     parts = [torch.nn.Module.to(module, kind) for module in (model, copy.deepcopy(vae))]
-    pipeline = make_pipeline(*parts, class_names)
+    pipeline = make_pipeline(*parts, class_names, objective)
     with written_whole(folder) as temporary:
         pipeline.save_pretrained(temporary)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..models import SkipBackbone
+    from .models import SkipBackbone
 
 __all__ = ["Operations", "count_operations", "speedup_bound"]
 
