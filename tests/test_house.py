@@ -144,7 +144,8 @@ def test_every_import_is_a_declared_dependency():
 
 
 def test_every_dependency_is_imported():
-    unused = required(PROJECT["dependencies"]) - imported_distributions()
+    imported_by_others = {"tensorboard"}  # by accelerate, whose default tracker here it is
+    unused = required(PROJECT["dependencies"]) - imported_distributions() - imported_by_others
     assert not unused, f"in pyproject.toml but never imported: {sorted(unused)}"
 
 
@@ -153,7 +154,7 @@ def test_the_lock_pins_every_dependency():
     pinned = {line.split("==")[0] for line in lines if line and not line.startswith("#")}
     assert all(line.startswith("#") or re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line) for line in lines)
     extras = PROJECT["optional-dependencies"]
-    wanted = required(PROJECT["dependencies"] + extras["dev"] + extras["tensorboard"]) - {"skipdit"}
+    wanted = required(PROJECT["dependencies"] + extras["dev"]) - {"skipdit"}
     assert wanted <= pinned, f"not pinned: {sorted(wanted - pinned)}"
 
 
