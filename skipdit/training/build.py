@@ -80,6 +80,8 @@ def check_fit(
         raise UserError(
             f"model.arguments.num_classes={cfg.num_classes}, but {config.name} has {len(class_names)} classes."
         )
+    if cfg.num_classes is not None and class_names is None:
+        raise UserError(f"model.arguments.num_classes={cfg.num_classes}, but this data has no classes: set it to null.")
     _check_shape(model, vae, dataset, config)
 
 

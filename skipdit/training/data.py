@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..config import nearest
-from ..data import MovingDigits
+from ..data import ClipDataset, ImageDataset, MovingDigits
 from ..errors import UserError
 from .config import DataConfig
 from .order import Draw, read_batches
@@ -20,6 +20,8 @@ __all__ = ["DATA_SETS", "LatentClips", "build_data", "encode", "precompute_laten
 
 DATA_SETS: dict[str, Callable[..., Dataset]] = {
     "digits": MovingDigits,
+    "clips": ClipDataset,
+    "images": ImageDataset,
 }
 """By `data.name`: takes `data.arguments`; items are {"video", "class_label"}, the video [T, 3, H, W] (a picture:
 [3, H, W]) in [-1, 1], or {"mean", "std", "class_label"} of latents; `class_names` in order, None without classes."""
