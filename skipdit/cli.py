@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "demo": ("skipdit.demo", "sample the carried digits pipeline at several speeds and compare"),
     "train": ("skipdit.training.loop", "train a model from a config (the same as train.py)"),
+    "encode": ("skipdit.training.encoding", "write the latents of a data set ahead, for faster training"),
     "train-vae": ("skipdit.training.autoencoder", "train the small autoencoder of the digits pipeline"),
     "bench": ("skipdit.evaluation.bench", "measure full and reused steps and the speed-up by interval"),
     "download": ("skipdit.registry.command", "fetch and verify published checkpoints"),

@@ -47,6 +47,7 @@ LEVEL_OF = {unit: number for number, units in enumerate(LEVELS) for unit in unit
 SCHEMAS = {
     "sample.yaml": "skipdit.sampling:SampleConfig",
     "train.yaml": "skipdit.training.config:TrainConfig",
+    "encode.yaml": "skipdit.training.encoding:EncodeConfig",
     "vae.yaml": "skipdit.training.autoencoder:AutoencoderConfig",
 }
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name != "accelerate")
@@ -187,7 +188,7 @@ def test_config_fits_its_schema(path):
 def test_config_says_the_command_that_uses_it(path):
     header = re.match(r"(#.*\n)+", path.read_text())
     assert header, "starts with no comment"
-    commands = r"skipdit (sample|train|train-vae)\b|accelerate launch .*train\.py|sample/scripts/\w+\.sh"
+    commands = r"skipdit (sample|train|train-vae|encode)\b|accelerate launch .*train\.py|sample/scripts/\w+\.sh"
     assert re.search(commands, header.group()), "its header names no command"
 
 

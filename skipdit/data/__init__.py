@@ -3,5 +3,6 @@
 from .clips import ClipDataset
 from .digits import DIGIT_NAMES, MovingDigits
 from .images import ImageDataset
+from .latents import LatentDataset
 
-__all__ = ["DIGIT_NAMES", "ClipDataset", "ImageDataset", "MovingDigits"]
+__all__ = ["DIGIT_NAMES", "ClipDataset", "ImageDataset", "LatentDataset", "MovingDigits"]

@@ -1,5 +1,6 @@
 """Clips of real videos: files or folders of frames, with or without classes, alone or with joint images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from .files import check_rejected, class_folders, find_clips, read_list
 from .index import count_frames
 from .transforms import fit, sides
 
-__all__ = ["ClipDataset", "ClipDraw", "Entry", "draw_clip", "generator"]
+__all__ = ["ClipDataset", "ClipDraw", "Entry", "check_counts", "draw_clip", "draw_image", "generator"]
 
 CLASSES = ("folders", "none")
 
@@ -53,6 +54,20 @@ def draw_clip(rng: np.random.Generator, length: int, num_frames: int, frame_inte
     start = int(rng.integers(length - span + 1))  # the last start is as likely as the others
     indices = np.linspace(start, start + span - 1, num_frames, dtype=int).tolist()
     return ClipDraw(indices, bool(may_flip and rng.integers(2)))
+
+
+def draw_image(rng: np.random.Generator, entries: Sequence[Entry], may_flip: bool) -> tuple[int, int, bool]:
+    """Pick one frame of any clip: (entry, frame, mirrored)."""
+    flip = bool(may_flip and rng.integers(2))
+    index = int(rng.integers(len(entries)))
+    return index, int(rng.integers(entries[index].frames)), flip
+
+
+def check_counts(**values: tuple[int, int]) -> None:
+    """Raise ValueError for a value below its least: name=(value, least)."""
+    for name, (value, least) in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}.")
 
 
 class ClipDataset(Dataset):
@@ -107,14 +122,7 @@ class ClipDataset(Dataset):
         max_bad_share: float = 0.05,
         cache_dir: str | Path | None = None,
     ):
-        for name, value, least in (
-            ("num_frames", num_frames, 1),
-            ("frame_interval", frame_interval, 1),
-            ("images", images, 0),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}.")
+        check_counts(num_frames=(num_frames, 1), frame_interval=(frame_interval, 1), images=(images, 0), seed=(seed, 0))
         if classes not in CLASSES:
             raise ValueError(f"classes must be one of {', '.join(CLASSES)}, not {classes!r}.")
         if not 0 <= max_bad_share <= 1:
@@ -200,10 +208,8 @@ class ClipDataset(Dataset):
 
     def _image(self, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
         """One independent frame [1, 3, H, W] and its class."""
-        flip = bool(self.flip and rng.integers(2))
-        if self._pictures:
-            entry = self._pictures[rng.integers(len(self._pictures))]
-            return fit(read_image(entry.path)[None], self.size, flip), entry.class_label or 0
-        index = int(rng.integers(len(self.entries)))
-        entry = self.entries[index]
-        return self.frames(index, [int(rng.integers(entry.frames))], flip), entry.class_label or 0
+        entries = self._pictures or self.entries
+        index, frame, flip = draw_image(rng, entries, self.flip)
+        path = entries[index].path
+        pixels = read_image(path)[None] if self._pictures else open_source(path).read([frame])
+        return fit(pixels, self.size, flip), entries[index].class_label or 0

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch.utils.data import Dataset
 
 from ..config import nearest
+from ..data.latents import hash_weights
 from ..errors import UserError
 from ..models import SkipBackbone
 from ..models.presets import FAMILIES, PRESETS
@@ -69,6 +70,7 @@ def check_fit(
     dataset: Dataset,
     class_names: list[str] | None,
     config: DataConfig,
+    vae_path: str,
 ) -> None:
     """See on the first item that data, autoencoder and network go together.
 
@@ -82,6 +84,10 @@ def check_fit(
         )
     if cfg.num_classes is not None and class_names is None:
         raise UserError(f"model.arguments.num_classes={cfg.num_classes}, but this data has no classes: set it to null.")
+    if getattr(dataset, "vae_hash", None) not in (None, hash_weights(vae.state_dict())):
+        raise UserError(
+            f"{dataset.folder} was written by another autoencoder than vae={vae_path}: set vae to that one."
+        )
     _check_shape(model, vae, dataset, config)
 
 

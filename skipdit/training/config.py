@@ -44,6 +44,7 @@ class DataConfig:
 
     name: str = "digits"  # a key of skipdit.training.data.DATA_SETS
     arguments: dict[str, Any] = field(default_factory=dict)  # of the data set's class
+    latents: str | None = None  # folder that `skipdit encode` wrote, read instead of the files
     precompute_latents: bool = False  # encode the set once at the start and keep its latents in memory
     encode_batch: int = 256  # frames that the autoencoder encodes at once
     num_workers: int = 1  # decoding processes per training process

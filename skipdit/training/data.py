@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..config import nearest
-from ..data import ClipDataset, ImageDataset, MovingDigits
+from ..data import ClipDataset, ImageDataset, LatentDataset, MovingDigits
+from ..data.transforms import sides
 from ..errors import UserError
 from .config import DataConfig
 from .order import Draw, read_batches
@@ -24,7 +25,10 @@ DATA_SETS: dict[str, Callable[..., Dataset]] = {
     "images": ImageDataset,
 }
 """By `data.name`: takes `data.arguments`; items are {"video", "class_label"}, the video [T, 3, H, W] (a picture:
-[3, H, W]) in [-1, 1], or {"mean", "std", "class_label"} of latents; `class_names` in order, None without classes."""
+[3, H, W]) in [-1, 1]; `class_names` in order, None without classes."""
+
+ENCODED = ("root", "size", "classes", "cache_dir")
+"""Arguments that latents written ahead have already been through."""
 
 
 def build_data(config: DataConfig, output: Path) -> tuple[Dataset, list[str] | None]:
@@ -44,9 +48,10 @@ def build_data(config: DataConfig, output: Path) -> tuple[Dataset, list[str] | N
     for name in config.arguments:
         if name not in parameters:
             raise UserError(f"No setting 'data.arguments.{name}' of {config.name}: {nearest(name, list(parameters))}")
-    for name in ("root", "folder"):
-        if name in parameters and name not in config.arguments:
-            raise UserError(f"data.arguments.{name} is not set: give the folder of the data.")
+    if config.latents is not None:
+        return _build_latents(config)
+    if "root" in parameters and "root" not in config.arguments:
+        raise UserError("data.arguments.root is not set: give the folder of the data.")
     arguments = {"cache_dir": output, **config.arguments} if "cache_dir" in parameters else config.arguments
     try:
         dataset = kind(**arguments)
@@ -54,6 +59,24 @@ def build_data(config: DataConfig, output: Path) -> tuple[Dataset, list[str] | N
         raise UserError(f"data.arguments: {error}") from error
     if not len(dataset):
         raise UserError(f"The data set {config.name!r} is empty: check data.arguments.")
+    return dataset, list(dataset.class_names) if dataset.class_names else None
+
+
+def _build_latents(config: DataConfig) -> tuple[Dataset, list[str] | None]:
+    known = inspect.signature(LatentDataset).parameters
+    arguments = {name: value for name, value in config.arguments.items() if name not in ENCODED}
+    for name in arguments:
+        if name not in known:
+            raise UserError(
+                f"data.arguments.{name} cannot be applied to latents: set it when they are written (skipdit encode), "
+                "and leave it out here."
+            )
+    try:
+        dataset = LatentDataset(config.latents, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"data.arguments: {error}") from error
+    if (size := config.arguments.get("size")) is not None and sides(size) != dataset.size:
+        raise UserError(f"{config.latents} holds latents of {dataset.size}, not of data.arguments.size={size}.")
     return dataset, list(dataset.class_names) if dataset.class_names else None
 
 

@@ -75,7 +75,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = build_model(config.model)
         self.loaded = set(saved["loaded"]) if saved else load_initial(model, config.init)
-        check_fit(model, self.vae, self.dataset, self.class_names, config.data)
+        check_fit(model, self.vae, self.dataset, self.class_names, config.data, config.vae)
         self.preview_classes = samples.check_preview(config.preview, model, self.class_names)
 
         self.step, self.dropped, self.dropped_in_a_row = 0, 0, 0
@@ -194,7 +194,7 @@ class Trainer:
         if hasattr(self.dataset, "item"):
             raise UserError(
                 f"data.precompute_latents would freeze the random crops of {self.config.data.name}: write its latents "
-                "with 'skipdit encode' and train from them (data.name=latents)."
+                "with 'skipdit encode' and train from them (data.latents=<their folder>)."
             )
         self.say(f"Encoding {len(self.dataset)} items once.")
         return precompute_latents(self.accelerator, self.vae, self.dataset, self.config.data)
