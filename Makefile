@@ -38,12 +38,12 @@ clean: ## Remove the environment and caches (outputs/ stays)
 $(STAMP): pyproject.toml $(LOCK)
 	@python=; \
 	for candidate in $(CANDIDATES); do \
-	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
 	    python="$$candidate"; break; \
 	  fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "make: Skip-DiT needs Python 3.11 or newer (tried: $(CANDIDATES)): install it or give its path as PYTHON=/path/to/python." >&2; \
+	  echo "make: Skip-DiT needs Python 3.11 to 3.13 (tried: $(CANDIDATES)): install it or give its path as PYTHON=/path/to/python." >&2; \
 	  exit 1; \
 	fi; \
 	if [ -e $(STAMP) ]; then \

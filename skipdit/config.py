@@ -119,6 +119,8 @@ def _merge(config: Any, schema: type, values: dict[str, Any], words: dict[str, A
         return OmegaConf.merge(config, _choose(values, words, known))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or ', '.join(values)} ({source}): {_first_line(error)}.") from error
+    except TypeError as error:  # a list where a mapping belongs
+        raise UserError(f"{', '.join(values)} ({source}): a mapping is needed, such as {{name: value}}.") from error
 
 
 def _choose(values: dict[str, Any], words: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae",
         type=Path,
-        help=f"folder of the autoencoder to put into the pipeline (default: {DEFAULT_VAE})",
+        help=f"folder of the autoencoder (default: the source pipeline's own, else {DEFAULT_VAE})",
     )
     parser.add_argument(
         "--transformer-only",
         action="store_true",
         help="write the transformer's folder, no pipeline around it",
     )
-    parser.add_argument("--scheduler", help="ddim, ddpm, dpm++ or unipc (default: the published one)")
+    parser.add_argument("--scheduler", help="ddim, ddpm, dpm++ or unipc (default: the source's, else the published)")
     parser.add_argument("--class-names", type=Path, metavar="FILE", help="a class name a line, in order")
     parser.add_argument("--num-heads", type=int, help="heads of attention, if the model is of no known size")
     parser.add_argument(
@@ -85,10 +84,11 @@ def convert(
             ({"ema": state_dict}, as published) or a `.safetensors` file (the bare state dict).
         weights: "ema" or "model", of a training checkpoint.
         dtype: "fp32", "bf16" or "fp16".
-        vae: Folder of an AutoencoderKL or AutoencoderTiny.
+        vae: Folder of an AutoencoderKL or AutoencoderTiny; None: the source pipeline's own, else pretrained/Latte/vae.
         transformer_only: Leave out the pipeline around the transformer.
-        scheduler: A name that `make_scheduler` knows; None: DDIM for class-conditional video, else DDPM.
-        class_names: A text file of names.
+        scheduler: A name that `make_scheduler` knows; None: the source pipeline's own, else DDIM for class-conditional
+            video and DDPM for the rest.
+        class_names: A text file of names; None: the source pipeline's own.
         num_heads: Needed if the model is of none of the published sizes; shapes do not tell.
         skip: "linear" or "residual"; shapes do not tell.
         overwrite: Replace what is there.
@@ -101,7 +101,7 @@ def convert(
     """
     flat = output.suffix in FLAT
     _check(source, output, flat, overwrite)
-    finish = None if flat or transformer_only else _pipeline_parts(vae, scheduler, class_names)
+    finish = None if flat or transformer_only else _pipeline_parts(source, vae, scheduler, class_names)
 
     from .weights import build, describe, infer_config, read_folder
 
@@ -120,7 +120,6 @@ def convert(
             model.save_pretrained(temporary)
         else:
             finish(model).save_pretrained(temporary)
-        _make_readable(temporary)
     return f"{describe(model)} -> {output} ({dtype}, {_size(output) / 1e9:.3g} GB)"
 
 
@@ -137,16 +136,21 @@ def _check(source: Path, output: Path, flat: bool, overwrite: bool) -> None:
         raise UserError(f"{output} exists and is of the other kind (file or folder): choose another name.")
 
 
-def _pipeline_parts(vae: Path | None, scheduler: str | None, class_names: Path | None) -> Callable[[Any], Any]:
-    """Read what belongs around the transformer, before the long work; gives transformer -> pipeline."""
-    folder = vae or DEFAULT_VAE
+def _pipeline_parts(
+    source: Path, vae: Path | None, scheduler: str | None, class_names: Path | None
+) -> Callable[[Any], Any]:
+    """Read what belongs around the transformer, before the long work; gives transformer -> pipeline.
+
+    A pipeline keeps its own autoencoder, scheduler and class names unless others are given.
+    """
+    own = source if (source / "model_index.json").is_file() else None
+    folder = vae or (own / "vae" if own else DEFAULT_VAE)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"No autoencoder in {folder}: fetch it with 'python pretrained/download_ckpts.py skip-dit/vae', "
             "pass its folder with --vae, or add --transformer-only."
         )
-    if class_names is not None and not class_names.is_file():
-        raise UserError(f"{class_names} is not there: pass a text file with a class name a line.")
+    from .loading import PIPELINES, load_vae, read_class_names
     from .schedulers import make_scheduler
 
     if scheduler is not None:
@@ -154,39 +158,36 @@ def _pipeline_parts(vae: Path | None, scheduler: str | None, class_names: Path |
             make_scheduler(scheduler)
         except ValueError as error:
             raise UserError(str(error)) from error
-    names = _names(class_names) if class_names else None
+    names = read_class_names(class_names) if class_names else None
+    kept = _kept_parts(own) if own else {}
 
     def finish(model: Any) -> Any:
-        from . import SkipDiTPipeline, SkipLattePipeline
-
-        is_video = "num_frames" in model.config
         conditional = model.config.num_classes is not None
         if names is not None and len(names) != (model.config.num_classes or 0):
             raise UserError(f"{class_names}: {len(names)} names for {model.config.num_classes} classes.")
-        chosen = make_scheduler(scheduler or ("ddim" if is_video and conditional else "ddpm"))
-        kind = SkipLattePipeline if is_video else SkipDiTPipeline
-        return kind(transformer=model, vae=_read_vae(folder), scheduler=chosen, class_names=names)
+        chosen = make_scheduler(scheduler or ("ddim" if "num_frames" in model.config and conditional else "ddpm"))
+        parts = {"scheduler": chosen, "class_names": names}
+        given = {"scheduler": scheduler is not None, "class_names": names is not None}
+        parts |= {name: part for name, part in kept.items() if not given[name]}
+        return PIPELINES[type(model)](transformer=model, vae=load_vae(folder), **parts)
 
     return finish
 
 
-def _read_vae(folder: Path) -> Any:
+def _kept_parts(folder: Path) -> dict[str, Any]:
+    """Scheduler and class names of a saved pipeline."""
     import diffusers
 
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", "AutoencoderKL")
-    if name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise UserError(f"{folder} holds a {name}: an AutoencoderKL or AutoencoderTiny is needed.")
+    from . import schedulers
+
     try:
-        return getattr(diffusers, name).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no readable autoencoder ({str(error).splitlines()[0][:120]}).") from error
-
-
-def _names(path: Path) -> list[str]:
-    """Names of a file such as UCF101's classInd.txt ("1 ApplyEyeMakeup") or with a bare name a line."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    numbered = all(line.split()[0].isdigit() and len(line.split()) > 1 for line in lines)
-    return [line.split(maxsplit=1)[1] if numbered else line for line in lines]
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        name = index["scheduler"][1]
+        kind = getattr(schedulers, name, None) or getattr(diffusers, name)
+        scheduler = kind.from_pretrained(folder / "scheduler", local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder} cannot be read as a pipeline ({str(error).splitlines()[0][:120]}).") from error
+    return {"scheduler": scheduler, "class_names": index.get("class_names")}
 
 
 def _write_flat(state: dict[str, Any], path: Path) -> None:
@@ -199,14 +200,6 @@ def _write_flat(state: dict[str, Any], path: Path) -> None:
         import torch
 
         torch.save({"ema": state}, path)
-
-
-def _make_readable(path: Path) -> None:
-    """Ordinary permissions: safetensors creates files that only their owner may read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        item.chmod((0o777 if item.is_dir() else 0o666) & ~mask)
 
 
 def _size(path: Path) -> int:

@@ -1,6 +1,7 @@
 """`skipdit demo`: the carried digits pipeline at four speeds from one noise: clips, a picture and a table."""
 
 import argparse
+import math
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,11 +69,17 @@ def run_demo(
     Raises:
         UserError: The pipeline is not there or of another kind, or a number is out of range.
     """
-    for name, value in (("--steps", steps), ("--repeats", repeats)):
-        if value < 1:
-            raise UserError(f"{name} {value} must be 1 or more.")
+    for name, value, least, most in (
+        ("--steps", steps, 1, 1000),
+        ("--repeats", repeats, 1, 100),
+        ("--seed", seed, 0, 2**63),
+    ):
+        if not least <= value <= most:
+            raise UserError(f"{name} {value} must be {least} to {most}.")
+    if not math.isfinite(guidance_scale):
+        raise UserError(f"--guidance-scale {guidance_scale} must be finite; 1 is without guidance.")
     from .loading import choose_device, find_model
-    from .sampling import SampleConfig
+    from .sampling_config import SampleConfig
 
     source = find_model(SampleConfig(model=str(_locate(model))))
     if not source.is_video or not source.num_classes or not source.model.config.skip:

@@ -29,11 +29,30 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         temporary = holder / path.name
         yield temporary
+        _make_readable(temporary)
         if path.is_dir():
-            path.rename(holder / "replaced")
-        os.replace(temporary, path)
+            _replace_folder(temporary, path, holder / "replaced")
+        else:
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _replace_folder(new: Path, path: Path, aside: Path) -> None:
+    path.rename(aside)
+    try:
+        os.replace(new, path)
+    except OSError:
+        aside.rename(path)
+        raise
+
+
+def _make_readable(path: Path) -> None:
+    """Ordinary permissions: safetensors creates files that only their owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        item.chmod((0o777 if item.is_dir() else 0o666) & ~mask)
 
 
 def check_writable(folder: str | Path) -> Path:

@@ -16,8 +16,8 @@ from .files import check_writable
 from .gallery import open_gallery
 from .loading import ModelSource, choose_device, find_model, resolve_classes
 from .media import Pixels, to_uint8
-from .pipelines import SkipPipeline
-from .sampling import SampleConfig
+from .pipelines import SkipLattePipeline, SkipPipeline
+from .sampling_config import SampleConfig
 from .schedulers import make_scheduler
 from .weights import DTYPES
 
@@ -108,17 +108,17 @@ def sample_batches(
         pipeline: On its device, cache enabled or not.
         labels: Class of each sample; None for an unconditional model.
         count: Number of samples.
-        config: `seed`, `steps`, `batch_size` and the guidance are read.
+        config: `seed`, `steps`, `batch_size`, the guidance and the size are read.
 
     Yields:
         uint8 [n, T, H, W, 3] for clips, [n, H, W, 3] for pictures.
     """
     pipeline.set_progress_bar_config(disable=True)
-    guidance = {
-        name: getattr(config, name)
-        for name in ("guidance_scale", "guidance_channels")
-        if getattr(config, name) is not None
-    }
+    wishes = {"guidance_scale": config.guidance_scale, "guidance_channels": config.guidance_channels}
+    wishes |= {"height": config.image_size, "width": config.image_size}
+    if isinstance(pipeline, SkipLattePipeline):
+        wishes["num_frames"] = config.num_frames
+    wishes = {name: value for name, value in wishes.items() if value is not None}
     bar_format = "{desc} {percentage:3.0f}% |{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
     with tqdm(total=count, desc="Sampling", bar_format=bar_format, disable=None) as bar:
         for first in range(0, count, config.batch_size):
@@ -136,9 +136,12 @@ def sample_batches(
                 generator=sample_generators(config.seed, indices),
                 output_type="np",
                 callback_on_step_end=advance,
-                **guidance,
+                **wishes,
             )
-            yield to_uint8(output.get("frames", output.get("images")))
+            values = output.get("frames", output.get("images"))
+            if not np.isfinite(values).all():
+                raise UserError("The samples are not finite numbers: lower guidance_scale, or pass dtype=fp32 or bf16.")
+            yield to_uint8(values)
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -182,6 +185,9 @@ def _check(config: SampleConfig, source: ModelSource) -> None:
             raise UserError(str(error)) from error
     if source.num_classes is None and (config.guidance_scale or 1) > 1:
         raise UserError(f"guidance_scale={config.guidance_scale:g}: this model is unconditional; leave it out.")
+    source.check_size(config.image_size)
+    if config.num_frames is not None and not source.is_video:
+        raise UserError(f"num_frames={config.num_frames}: this model makes pictures; leave it out.")
     channels = source.model.config.in_channels
     if (config.guidance_channels or 1) > channels:
         raise UserError(f"guidance_channels={config.guidance_channels}: the latents have {channels} channels.")

@@ -16,16 +16,19 @@ from .errors import UserError
 from .models import SkipBackbone, SkipDiTTransformer2DModel, SkipLatteTransformer3DModel
 from .models.presets import PRESETS
 from .pipelines import SkipDiTPipeline, SkipLattePipeline, SkipPipeline
-from .sampling import SampleConfig
-from .schedulers import make_scheduler
+from .sampling_config import SampleConfig
+from .schedulers import TRAINING_SCHEDULE, make_scheduler
 from .weights import DTYPES, build
 
-__all__ = ["ModelSource", "choose_device", "find_model", "read_class_names", "resolve_classes"]
+__all__ = ["PIPELINES", "ModelSource", "choose_device", "find_model", "load_vae", "read_class_names", "resolve_classes"]
 
 PIPELINES: dict[type[SkipBackbone], type[SkipPipeline]] = {
     SkipDiTTransformer2DModel: SkipDiTPipeline,
     SkipLatteTransformer3DModel: SkipLattePipeline,
 }
+PRESET_SIZE, PRESET_FRAMES = 256, 16
+AS_TRAINED = (*TRAINING_SCHEDULE, "trained_betas", "rescale_betas_zero_snr")
+"""What a model was trained with, whichever sampler is put on it."""
 AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny)}
 
 
@@ -56,6 +59,13 @@ class ModelSource:
         """None for an unconditional model."""
         return self.model.config.num_classes
 
+    def check_size(self, image_size: int | None) -> None:
+        """Raise UserError if clips or pictures of so many pixels a side cannot be cut into patches."""
+        vae = self.folder / "vae" if self.folder is not None else Path(self.vae)
+        step = self.model.config.patch_size * _vae_scale(vae)
+        if image_size is not None and image_size % step:
+            raise UserError(f"image_size={image_size} must be a multiple of {step} pixels.")
+
     def load(self, device: torch.device, dtype: str = "fp32", sampler: str | None = None) -> SkipPipeline:
         """Read the weights.
 
@@ -69,7 +79,8 @@ class ModelSource:
         """
         pipeline = self._read_folder() if self.folder is not None else self._read_preset()
         if sampler is not None:
-            pipeline.scheduler = make_scheduler(sampler)
+            trained = pipeline.scheduler.config
+            pipeline.scheduler = make_scheduler(sampler, **{key: trained[key] for key in AS_TRAINED if key in trained})
         pipeline.transformer.eval()
         pipeline.vae.eval()
         for part in (pipeline.transformer, pipeline.vae):
@@ -88,7 +99,7 @@ class ModelSource:
     def _read_preset(self) -> SkipPipeline:
         config = {"_class_name": type(self.model).__name__, **self.model.config}
         transformer = build(load_state_dict(self.checkpoint), config, str(self.checkpoint))
-        parts = transformer, _load_vae(self.vae), make_scheduler("ddim"), self.class_names
+        parts = transformer, load_vae(self.vae), make_scheduler("ddim"), self.class_names
         return PIPELINES[type(self.model)](*parts)
 
 
@@ -132,16 +143,17 @@ def _find_preset(config: SampleConfig) -> ModelSource:
     if not checkpoint.is_file():
         raise UserError(_missing(checkpoint, "checkpoint"))
     scale = _check_vae(config.vae)
-    if config.image_size % scale:
-        raise UserError(f"image_size={config.image_size} must be a multiple of {scale}, the autoencoder's scale.")
+    image_size = config.image_size or PRESET_SIZE
+    if image_size % scale:
+        raise UserError(f"image_size={image_size} must be a multiple of {scale}, the autoencoder's scale.")
     model_class, settings = PRESETS[config.model]
     settings = {
         **settings,
         "num_classes": config.num_classes,
-        "sample_size": config.image_size // scale,
+        "sample_size": image_size // scale,
     }
     if model_class is SkipLatteTransformer3DModel:
-        settings["num_frames"] = config.num_frames
+        settings["num_frames"] = config.num_frames or PRESET_FRAMES
     names = read_class_names(config.class_names) if config.class_names else ()
     if names and len(names) != config.num_classes:
         many = f"{len(names)} names for num_classes={config.num_classes}"
@@ -178,10 +190,22 @@ def _check_vae(vae: str) -> int:
         return 8
     if not (folder / "config.json").is_file():
         raise UserError(_missing(folder, "vae"))
+    return _vae_scale(folder)
+
+
+def _vae_scale(folder: Path) -> int:
+    """Image pixels per latent pixel."""
+    if not (folder / "config.json").is_file():
+        return 8  # of a hub's name; that of Stable Diffusion
     return 2 ** (len(_read_json(folder / "config.json").get("block_out_channels", [0] * 4)) - 1)
 
 
-def _load_vae(vae: str) -> AutoencoderKL | AutoencoderTiny:
+def load_vae(vae: str | Path) -> AutoencoderKL | AutoencoderTiny:
+    """An autoencoder by folder or hub id.
+
+    Raises:
+        UserError: It cannot be read, or is of another kind.
+    """
     file = Path(vae) / "config.json"
     name = _read_json(file).get("_class_name", "AutoencoderKL") if file.is_file() else "AutoencoderKL"
     if name not in AUTOENCODERS:
@@ -193,15 +217,17 @@ def _load_vae(vae: str) -> AutoencoderKL | AutoencoderTiny:
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Names of a text file, a line each, in the order of the classes.
+    """Names of a text file in the order of the classes, a line each: bare, or as in classInd.txt "1 Archery".
 
     Raises:
         UserError: The file is missing.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is not there: pass class_names=<text file with a name a line>, or null.")
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        raise UserError(f"{path} is not there: a text file with a class name a line is needed.")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    numbered = all(line.split()[0].isdigit() and len(line.split()) > 1 for line in lines)
+    return tuple(line.split(maxsplit=1)[1] if numbered else line for line in lines)
 
 
 def resolve_classes(words: Sequence[str], names: Sequence[str], num_classes: int | None) -> list[int] | None:

@@ -1,6 +1,7 @@
 """Labels in, pictures or clips out: class-conditional pipelines in the diffusers way."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,7 +10,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+)
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -18,8 +26,9 @@ from diffusers.video_processor import VideoProcessor
 from . import schedulers  # noqa: F401
 from .models import SkipBackbone
 
-Labels = Sequence[int | str] | torch.Tensor
+Labels = int | str | Sequence[int | str] | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LEARNED_VARIANCE = ("learned", "learned_range")
 
 
 @dataclass
@@ -72,20 +81,22 @@ class SkipPipeline(DiffusionPipeline):
     # ------------------------------------------------------------------ inputs
 
     def get_label_ids(self, labels: Labels) -> list[int]:
-        """Class indices of names and indices, mixed as you like.
+        """Class indices of names and indices, one or several, mixed as you like.
 
         Raises:
             ValueError: A name is not known (the nearest one is suggested) or an index is out of range.
         """
         num_classes = self.transformer.config.num_classes
         ids = []
-        for label in labels.tolist() if isinstance(labels, torch.Tensor) else labels:
+        for label in _listed(labels):
             if isinstance(label, str):
                 if label not in self.class_names:
                     close = get_close_matches(label, self.class_names, n=1)
                     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(self.class_names[:12])}..."
                     raise ValueError(f"No class named {label!r}: {hint}")
                 label = self.class_names.index(label)
+            if not isinstance(label, int | np.integer):
+                raise ValueError(f"class_labels={label!r} is neither an index nor a name.")
             if not 0 <= label < num_classes:
                 raise ValueError(f"Class {label} is out of range: this model has classes 0 to {num_classes - 1}.")
             ids.append(int(label))
@@ -99,10 +110,10 @@ class SkipPipeline(DiffusionPipeline):
             if num_samples is not None and num_samples < 1:
                 raise ValueError(f"num_samples={num_samples} must be 1 or more.")
             return num_samples or 1
-        if class_labels is None or not len(class_labels):
+        if class_labels is None or not _listed(class_labels):
             raise ValueError("This model is class-conditional: pass class_labels, one index or name for each sample.")
-        if num_samples not in (None, len(class_labels)):
-            raise ValueError(f"num_samples={num_samples} contradicts the {len(class_labels)} class_labels.")
+        if num_samples not in (None, len(_listed(class_labels))):
+            raise ValueError(f"num_samples={num_samples} contradicts the {len(_listed(class_labels))} class_labels.")
         return torch.tensor(self.get_label_ids(class_labels), device=self._execution_device)
 
     def _latent_shape(self, batch: int, num_frames: int | None, height: int | None, width: int | None) -> tuple:
@@ -131,6 +142,27 @@ class SkipPipeline(DiffusionPipeline):
             raise ValueError(f"Expected latents {list(shape)}, got {list(latents.shape)}.")
         return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
 
+    def _check_numbers(self, steps: int, guidance_scale: float, guidance_channels: int | None, at_once: int) -> None:
+        for name, value in (("num_inference_steps", steps), ("decode_chunk_size", at_once)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale} must be finite; 1 is without guidance.")
+        channels = self.transformer.config.in_channels
+        if guidance_channels is not None and not 1 <= guidance_channels <= channels:
+            raise ValueError(f"guidance_channels={guidance_channels} must be 1 to {channels}, or None for all.")
+
+    def _check_parts(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} is not known: choose one of {', '.join(OUTPUT_TYPES)}.")
+        channels, of_vae = self.transformer.config.in_channels, self.vae.config.latent_channels
+        if output_type != "latent" and of_vae != channels:
+            raise ValueError(f"The transformer's latents have {channels} channels, the autoencoder's {of_vae}.")
+        if self._takes_variance() and not self.transformer.config.learn_sigma:
+            raise ValueError("This scheduler expects a learned variance, which the model (learn_sigma=False) has not.")
+        if not self._takes_variance() and self.scheduler.config.get("variance_type") in LEARNED_VARIANCE:
+            self.scheduler.register_to_config(variance_type=None)  # it came along from a DDPM scheduler's config
+
     # ------------------------------------------------------------------ the loop
 
     @torch.no_grad()
@@ -144,12 +176,13 @@ class SkipPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         guidance_channels: int | None,
         output_type: str,
+        decode_chunk_size: int,
         callback_on_step_end: Callable | None,
         size: dict[str, int | None],
     ) -> torch.Tensor:
         """Latents of the samples, [B, C, (F,) h, w] in float32, scaled as the transformer sees them."""
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r} is not known: choose one of {', '.join(OUTPUT_TYPES)}.")
+        self._check_numbers(num_inference_steps, guidance_scale, guidance_channels, decode_chunk_size)
+        self._check_parts(output_type)
         labels = self._check_labels(class_labels, num_samples)
         batch = labels if isinstance(labels, int) else len(labels)
         guided = guidance_scale > 1 and not isinstance(labels, int)
@@ -206,11 +239,9 @@ class SkipPipeline(DiffusionPipeline):
         return prediction[:, : self.transformer.config.in_channels]
 
     def _takes_variance(self) -> bool:
-        """Whether the scheduler wants the predicted variance beside the noise."""
-        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-        if learned and not self.transformer.config.learn_sigma:
-            raise ValueError("This scheduler expects a learned variance, which the model (learn_sigma=False) has not.")
-        return learned
+        """Whether the scheduler wants the predicted variance beside the noise; only DDPM can use it."""
+        learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCE
+        return learned and isinstance(self.scheduler, DDPMScheduler)
 
     def _step_inputs(self, generator: torch.Generator | list | None) -> dict[str, Any]:
         known = inspect.signature(self.scheduler.step).parameters
@@ -219,12 +250,16 @@ class SkipPipeline(DiffusionPipeline):
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor, frames_at_once: int) -> torch.Tensor:
         """Latents [N, C, h, w] -> pictures [N, 3, H, W] in [-1, 1] on the CPU, a few at a time."""
-        if frames_at_once < 1:
-            raise ValueError(f"decode_chunk_size={frames_at_once} must be 1 or more.")
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         return torch.cat(
             [self.vae.decode(chunk, return_dict=False)[0].float().cpu() for chunk in scaled.split(frames_at_once)]
         )
+
+
+def _listed(labels: Labels) -> list:
+    if isinstance(labels, torch.Tensor | np.ndarray):
+        return labels.reshape(-1).tolist()
+    return [labels] if isinstance(labels, int | str) else list(labels)
 
 
 def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> torch.Tensor:
@@ -298,7 +333,7 @@ class SkipLattePipeline(SkipPipeline):
         size = {"num_frames": num_frames, "height": height, "width": width}
         latents = self._sample(
             class_labels, num_samples, num_inference_steps, guidance_scale, generator, latents, guidance_channels,
-            output_type, callback_on_step_end, size,
+            output_type, decode_chunk_size, callback_on_step_end, size,
         )  # fmt: skip
         frames = latents
         if output_type != "latent":
@@ -344,7 +379,7 @@ class SkipDiTPipeline(SkipPipeline):
         """
         latents = self._sample(
             class_labels, num_samples, num_inference_steps, guidance_scale, generator, latents, guidance_channels,
-            output_type, callback_on_step_end, {"height": height, "width": width},
+            output_type, decode_chunk_size, callback_on_step_end, {"height": height, "width": width},
         )  # fmt: skip
         images = latents
         if output_type != "latent":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from tiny_pipelines import tiny_pipeline
 
 from skipdit import (
     SkipDiTPipeline,
@@ -268,3 +269,21 @@ def test_mistakes_are_told_before_any_work(tmp_path, vae):
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     assert "2 names for 3 classes" in message(source, tmp_path / "out", vae=vae, class_names=tmp_path / "names.txt")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.pt", "names.txt", "there", "vae"]
+
+
+def test_a_pipeline_keeps_its_own_parts(tmp_path):
+    """Autoencoder, scheduler and class names; an option replaces one of them."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = make_scheduler("unipc", prediction_type="v_prediction")
+    pipeline.save_pretrained(tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "half", dtype="fp16")
+    half = SkipLattePipeline.from_pretrained(tmp_path / "half")
+    assert half.class_names == ["zero", "one", "two"]
+    assert type(half.scheduler).__name__ == "UniPCMultistepScheduler"
+    assert half.scheduler.config.prediction_type == "v_prediction"
+    weights = pipeline.vae.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in half.vae.state_dict().items())
+    (tmp_path / "classInd.txt").write_text("1 A\n2 B\n3 C\n")
+    convert(tmp_path / "own", tmp_path / "named", class_names=tmp_path / "classInd.txt", scheduler="ddim")
+    named = SkipLattePipeline.from_pretrained(tmp_path / "named")
+    assert named.class_names == ["A", "B", "C"] and type(named.scheduler).__name__ == "RespacedDDIMScheduler"

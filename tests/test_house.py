@@ -39,10 +39,11 @@ SIDEWAYS = {
     ("diffusion", "schedulers"),  # both need the noise schedule
     ("gallery", "media"),
     ("weights", "checkpoints"),
+    ("convert", "sampling"),  # reads autoencoders and class names the same way
     ("sampling", "registry"),  # names the download command of a checkpoint that is not there
 }
 # One unit in several modules, so that the command line can show its help without importing torch.
-PART_OF = {"loading": "sampling", "generation": "sampling"}
+PART_OF = {"loading": "sampling", "generation": "sampling", "sampling_config": "sampling"}
 LEVEL_OF = {unit: number for number, units in enumerate(LEVELS) for unit in units}
 SCHEMAS = {
     "sample.yaml": "skipdit.sampling:SampleConfig",
@@ -65,10 +66,13 @@ def public_names() -> dict[str, str]:
     raise AssertionError("skipdit/__init__.py has no table _EXPORTS")
 
 
-def imports_of(path: Path) -> Iterator[str]:
+def imports_of(path: Path, for_types: bool = True) -> Iterator[str]:
     """Dotted names that a file imports, wherever in it, relative ones made absolute."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+    tree = ast.parse(path.read_text(), filename=str(path))
+    if not for_types:
+        tree.body = [node for node in tree.body if ast.unparse(node).split(":")[0] != "if TYPE_CHECKING"]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -118,6 +122,22 @@ def test_imports_make_no_circle():
     for unit, target in unit_edges():
         graph.setdefault(unit, set()).add(target)
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_modules_of_a_unit_make_no_circle():
+    """File by file, imports inside functions counted too; those for type checkers are not."""
+    graph: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name == "__init__.py":
+            continue
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for name in imports_of(path, for_types=False):
+            parts = name.split(".")
+            while parts and not (ROOT.joinpath(*parts)).with_suffix(".py").is_file():
+                parts.pop()
+            if parts and ".".join(parts) != module:
+                graph.setdefault(module, set()).add(".".join(parts))
+    TopologicalSorter(graph).prepare()
 
 
 def required(words: list[str]) -> set[str]:

@@ -3,13 +3,30 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from golden_data import FAMILIES, golden, golden_model, relative_error
 
 from skipdit import SkipCacheConfig, SkipDiTPipeline, SkipLattePipeline, make_scheduler
 from skipdit.pipelines import guide
 
 NAMES = ["apple", "boat", "cat", "dog", "elk", "fox", "goat"]
+
+
+SOLVERS = (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 
 def small_vae() -> AutoencoderKL:
@@ -219,9 +236,19 @@ def test_other_sizes():
     assert clip.shape == (1, 6, 8, 24, 3)
 
 
-@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
-def test_any_scheduler_from_config(kind):
-    pipe = pipeline()
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_any_scheduler_from_config(kind, sampler):
+    pipe = pipeline(sampler=sampler)
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     pipe.transformer.enable_cache(SkipCacheConfig(interval=2))
     out = pipe([1], num_inference_steps=5, generator=torch.manual_seed(0), output_type="latent").frames
@@ -254,6 +281,11 @@ def test_unconditional_model():
         ({"class_labels": [1], "latents": torch.zeros(1, 4, 4, 8, 9)}, "Expected latents"),
         ({"class_labels": [1], "height": 15}, "height=15"),
         ({"class_labels": [1], "num_samples": 2}, "contradicts"),
+        ({"class_labels": [1], "num_inference_steps": 0}, "num_inference_steps=0 must be 1 or more"),
+        ({"class_labels": [1], "decode_chunk_size": 0}, "decode_chunk_size=0 must be 1 or more"),
+        ({"class_labels": [1], "guidance_channels": 9}, "guidance_channels=9 must be 1 to 4"),
+        ({"class_labels": [1], "guidance_scale": float("nan")}, "guidance_scale=nan must be finite"),
+        ({"class_labels": [2.7]}, "2.7 is neither an index nor a name"),
     ],
 )
 def test_bad_inputs_are_refused_before_any_work(inputs, message):

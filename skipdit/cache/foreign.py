@@ -24,11 +24,11 @@ def check_foreign_cache(config: Any, has_skips: bool, block_class: type) -> None
         ValueError: This cache cannot work on such a model; the message says why.
     """
     name = type(config).__name__
+    if name in _REFUSED:
+        raise ValueError(f"{name} is not supported on class-conditional models: {_REFUSED[name]}.")
     if has_skips and name in _SKIPS_BLOCKS:
         raise ValueError(
             f"{name} skips whole blocks, whose outputs the long skips of this model carry to the later ones: "
             "use SkipCacheConfig here, or a vanilla model (skip=None)."
         )
-    if name in _REFUSED:
-        raise ValueError(f"{name} is not supported on class-conditional models: {_REFUSED[name]}.")
     TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(return_hidden_states_index=0))

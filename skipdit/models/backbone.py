@@ -65,6 +65,9 @@ class SkipBackbone(ModelMixin, ConfigMixin, CacheMixin):
     def check_config(self) -> None:
         """Raise ValueError, in one sentence, if the sizes do not fit each other."""
         cfg = self.config
+        for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
+            if not isinstance(cfg[name], int) or cfg[name] < 1:
+                raise ValueError(f"{name}={cfg[name]!r} must be a whole number of 1 or more.")
         if cfg.skip not in SKIP_KINDS:
             raise ValueError(f"skip={cfg.skip!r} is not known: choose one of {SKIP_KINDS}.")
         if cfg.depth % self.blocks_per_unit or self.num_units % 2 or self.num_units < 2:
@@ -120,14 +123,14 @@ class SkipBackbone(ModelMixin, ConfigMixin, CacheMixin):
         height, width = self._sides(sample_size)
         return height // self.config.patch_size, width // self.config.patch_size
 
-    def _positions(self, rows: int, columns: int, device: torch.device | None = None) -> torch.Tensor:
-        return sincos_2d(self.config.hidden_size, rows, columns, device)[None]
+    def _positions(self, rows: int, columns: int) -> torch.Tensor:
+        return sincos_2d(self.config.hidden_size, rows, columns)[None]
 
     def patch_positions(self, rows: int, columns: int) -> torch.Tensor:
         """Position embedding [1, rows * columns, D]: the stored one at the configured size, else computed."""
         if (rows, columns) == self._grid(self.config.sample_size):
             return self.pos_embed
-        return self._positions(rows, columns, self.pos_embed.device).to(self.pos_embed.dtype)
+        return self._positions(rows, columns).to(self.pos_embed)
 
     def check_input(self, hidden_states: torch.Tensor, ndim: int) -> None:
         """Raise ValueError, in one sentence, if the latents cannot be cut into patches."""

@@ -57,8 +57,7 @@ class SkipLatteTransformer3DModel(SkipBackbone):
         """Position embedding of the frame axis, [1, frames, 1, D]."""
         if frames == self.config.num_frames:
             return self.temp_embed[:, :, None]
-        positions = torch.arange(frames, device=self.temp_embed.device)
-        return sincos_1d(self.config.hidden_size, positions)[None, :, None].to(self.temp_embed.dtype)
+        return sincos_1d(self.config.hidden_size, torch.arange(frames))[None, :, None].to(self.temp_embed)
 
     def run_unit(
         self, unit: int, hidden_states: torch.Tensor, conditioning: torch.Tensor, frame_positions: torch.Tensor

@@ -15,16 +15,19 @@ NORM_EPS = 1e-6
 
 
 def sincos_1d(dim: int, positions: torch.Tensor) -> torch.Tensor:
-    """Fixed sine-cosine embedding of positions [N] -> [N, dim] in float64, sines first (Vaswani et al. 2017)."""
+    """Fixed sine-cosine embedding of positions [N] -> [N, dim] in float64, sines first (Vaswani et al. 2017).
+
+    Computed where the positions are: on the CPU, for not every device has float64.
+    """
     omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim // 2))
     angles = positions.to(torch.float64)[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_2d(dim: int, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+def sincos_2d(dim: int, height: int, width: int) -> torch.Tensor:
     """Fixed 2-D embedding [height * width, dim] in float64: the width coordinate fills the first half, as in MAE."""
-    rows = torch.arange(height, device=device).repeat_interleave(width)
-    columns = torch.arange(width, device=device).repeat(height)
+    rows = torch.arange(height).repeat_interleave(width)
+    columns = torch.arange(width).repeat(height)
     return torch.cat([sincos_1d(dim // 2, columns), sincos_1d(dim // 2, rows)], dim=1)
 
 

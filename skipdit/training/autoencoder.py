@@ -3,7 +3,6 @@
 import argparse
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -106,7 +105,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict[str, float]:
         UserError: no such device, or an output folder that cannot be written.
     """
     device = _device(config.device)
-    check_writable(Path(config.output).parent)
+    check_writable(config.output)
     torch.manual_seed(config.seed)
     vae = build_autoencoder(config).to(device)
     seconds = _fit(vae, config, device)

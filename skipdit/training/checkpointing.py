@@ -156,7 +156,10 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: Written in a format that this version does not know.
     """
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / STATE_FILE} is damaged: remove {folder}, and resume from an older one.") from error
     if state.get("format") != FORMAT:
         raise UserError(f"{folder} has checkpoint format {state.get('format')}; this version reads format {FORMAT}.")
     return state

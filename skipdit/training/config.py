@@ -167,6 +167,8 @@ class TrainConfig:
             raise UserError(f"init.lr_scale must be above 0, not {self.init.lr_scale}.")
         if not self.optimizer.lr > 0:
             raise UserError(f"optimizer.lr must be above 0, not {self.optimizer.lr}.")
+        _at_least(0, "optimizer.weight_decay", self.optimizer.weight_decay)
+        _at_least(0, "optimizer.eps", self.optimizer.eps)
         if len(self.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in self.optimizer.betas):
             raise UserError(f"optimizer.betas must be two numbers in [0, 1), not {self.optimizer.betas}.")
         if not 0 <= self.ema.decay < 1:

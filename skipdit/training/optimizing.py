@@ -50,7 +50,7 @@ def lr_multiplier(config: TrainConfig) -> Callable[[int], float]:
         schedule = get_scheduler(
             name, placeholder, num_warmup_steps=cfg.warmup_steps, num_training_steps=config.max_steps
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a TypeError: of schedules that need more than their warm-up
         raise UserError(f"lr_schedule.name={cfg.name!r}: {str(error).splitlines()[0]}.") from error
     return schedule.lr_lambdas[0]
 
