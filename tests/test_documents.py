@@ -37,6 +37,7 @@ SCHEMAS = {
     "sample": "skipdit.sampling:SampleConfig",
     "train": "skipdit.training.config:TrainConfig",
     "train-vae": "skipdit.training.autoencoder:AutoencoderConfig",
+    "encode": "skipdit.training.encoding:EncodeConfig",
 }
 # Programs that stand for a command of skipdit.
 PROGRAMS = {"train.py": "train", "sample/sample.py": "sample", "pretrained/download_ckpts.py": "download"}
