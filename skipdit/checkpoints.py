@@ -26,12 +26,15 @@ def load_state_dict(path: str | Path, prefer: str = "ema") -> dict[str, torch.Te
         Names without the prefixes of DataParallel and torch.compile -> tensors on the CPU.
 
     Raises:
-        UserError: The file is missing, is no weights file, or holds something else than weights.
+        UserError: The file is missing, is no weights file, holds something else than weights, or lacks those asked for.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not there: pass the path of a .pt or .safetensors file.")
     content = _read(path)
+    present = [key for key in PREFERRED if isinstance(content.get(key), dict)]
+    if prefer != PREFERRED[0] and present and prefer not in present:
+        raise UserError(f"{path} has no weights {prefer!r}, only {', '.join(present)}.")
     for key in (prefer, *PREFERRED):
         if isinstance(content.get(key), dict):
             content = content[key]

@@ -53,7 +53,8 @@ class SampleReport:
         overviews_first = sorted(self.files, key=lambda name: name[0].isdigit())
         shown = ", ".join(overviews_first[:4]) + (f" and {more} more" if more > 0 else "")
         many = f"{self.samples} {self.kind}{'s' if self.samples > 1 else ''}"
-        steps = f"{self.full} full + {self.reused} reused steps" if self.reused else f"{self.full} full steps"
+        alone = f"{self.full} full step{'s' if self.full > 1 else ''}"
+        steps = f"{self.full} full + {self.reused} reused steps" if self.reused else alone
         cost = f"{self.seconds:.1f} s, {self.seconds / self.samples:.2f} s per {self.kind}"
         return f"{many} in {self.folder.resolve()}: {shown}\n{cost}; {steps} each (cache={self.cache})"
 
@@ -160,7 +161,7 @@ def parse_cache(config: SampleConfig, source: ModelSource) -> SkipCacheConfig | 
     Raises:
         UserError: It is misspelled, or the model cannot use it.
     """
-    if config.cache == "off":
+    if config.cache.lower() == "off":
         return None
     published = SkipCacheConfig.preset("class-to-video" if source.is_video else "class-to-image")
     shallow = config.cache_shallow or published.shallow
@@ -170,7 +171,7 @@ def parse_cache(config: SampleConfig, source: ModelSource) -> SkipCacheConfig | 
             cache = SkipCacheConfig(cache.interval, shallow, published.start, published.stop)
         source.model.check_paths(shallow, None)
     except ValueError as error:
-        raise UserError(f"cache={config.cache}: {error}") from error
+        raise UserError(f"cache={config.cache}: {error} cache=off is without.") from error
     return cache
 
 

@@ -139,10 +139,14 @@ def _find_preset(config: SampleConfig) -> ModelSource:
     for key in ("checkpoint", "vae"):
         if getattr(config, key) is None:
             raise UserError(f"{config.model} is a preset without weights: pass {key}=<path> as well.")
-    checkpoint = Path(config.checkpoint)
-    if not checkpoint.is_file():
-        raise UserError(_missing(checkpoint, "checkpoint"))
-    scale = _check_vae(config.vae)
+    checkpoint, vae = Path(config.checkpoint), Path(config.vae)
+    is_hub_id = config.vae.count("/") == 1 and not vae.exists() and not vae.parent.exists()
+    missing = {} if checkpoint.is_file() else {"checkpoint": checkpoint}
+    if not is_hub_id and not (vae / "config.json").is_file():
+        missing["vae"] = vae
+    if missing:
+        raise UserError(_describe_missing(missing))
+    scale = _vae_scale(vae)
     image_size = config.image_size or PRESET_SIZE
     if image_size % scale:
         raise UserError(f"image_size={image_size} must be a multiple of {scale}, the autoencoder's scale.")
@@ -171,26 +175,18 @@ def _without_storage(model_class: type[SkipBackbone], settings: dict[str, Any], 
         raise UserError(f"{where}: {_first_line(error)}") from error
 
 
-def _missing(path: Path, key: str) -> str:
+def _describe_missing(missing: dict[str, Path]) -> str:
     """One sentence: what is missing and the command that fetches it, if the registry has it."""
     from .registry.catalogue import load_catalogue  # only here: sampling itself needs no registry
 
     known = {Path(entry.path): entry.id for entry in load_catalogue().entries}
-    if path not in known:
-        return f"{path} is not there: pass {key}=<path>."
-    command = f"python pretrained/download_ckpts.py {known[path]}"
-    return f"{path} is not there: fetch it with '{command}' (or pass {key}=...)."
-
-
-def _check_vae(vae: str) -> int:
-    """See that the autoencoder is there; gives image pixels per latent pixel."""
-    folder = Path(vae)
-    is_hub_id = vae.count("/") == 1 and not folder.exists() and not folder.parent.exists()
-    if is_hub_id:
-        return 8
-    if not (folder / "config.json").is_file():
-        raise UserError(_missing(folder, "vae"))
-    return _vae_scale(folder)
+    paths = " and ".join(map(str, missing.values()))
+    which = f"{paths} {'is' if len(missing) == 1 else 'are'} not there"
+    keys = " and ".join(f"{key}=<path>" for key in missing)
+    if not all(path in known for path in missing.values()):
+        return f"{which}: pass {keys}."
+    ids = " ".join(known[path] for path in missing.values())
+    return f"{which}: fetch with 'python pretrained/download_ckpts.py {ids}' (or pass {keys})."
 
 
 def _vae_scale(folder: Path) -> int:

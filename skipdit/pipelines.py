@@ -178,11 +178,14 @@ class SkipPipeline(DiffusionPipeline):
         output_type: str,
         decode_chunk_size: int,
         callback_on_step_end: Callable | None,
+        callback_tensors: Sequence[str],
         size: dict[str, int | None],
     ) -> torch.Tensor:
         """Latents of the samples, [B, C, (F,) h, w] in float32, scaled as the transformer sees them."""
         self._check_numbers(num_inference_steps, guidance_scale, guidance_channels, decode_chunk_size)
         self._check_parts(output_type)
+        if unknown := set(callback_tensors) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs: no {sorted(unknown)[0]!r}; there are the latents.")
         labels = self._check_labels(class_labels, num_samples)
         batch = labels if isinstance(labels, int) else len(labels)
         guided = guidance_scale > 1 and not isinstance(labels, int)
@@ -206,7 +209,7 @@ class SkipPipeline(DiffusionPipeline):
                     prediction, self.scheduler.timesteps[index], latents, **step_inputs, return_dict=False
                 )[0]
                 if callback_on_step_end is not None:
-                    changed = callback_on_step_end(self, index, timestep, {"latents": latents})
+                    changed = callback_on_step_end(self, index, timestep, dict.fromkeys(callback_tensors, latents))
                     latents = (changed or {}).get("latents", latents)
         finally:
             self._current_timestep = None
@@ -309,6 +312,7 @@ class SkipLattePipeline(SkipPipeline):
         output_type: str = "pil",
         decode_chunk_size: int = 16,
         callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> SkipLattePipelineOutput | tuple:
         """Sample clips.
@@ -325,6 +329,7 @@ class SkipLattePipeline(SkipPipeline):
             output_type: "pil", "np", "pt" or "latent".
             decode_chunk_size: Frames that the VAE decodes at once.
             callback_on_step_end: `f(pipeline, step_index, timestep, {"latents": ...})`, may return new latents.
+            callback_on_step_end_tensor_inputs: What the callback is given; there are the latents.
             return_dict: False returns a tuple.
 
         Raises:
@@ -333,7 +338,7 @@ class SkipLattePipeline(SkipPipeline):
         size = {"num_frames": num_frames, "height": height, "width": width}
         latents = self._sample(
             class_labels, num_samples, num_inference_steps, guidance_scale, generator, latents, guidance_channels,
-            output_type, decode_chunk_size, callback_on_step_end, size,
+            output_type, decode_chunk_size, callback_on_step_end, callback_on_step_end_tensor_inputs, size,
         )  # fmt: skip
         frames = latents
         if output_type != "latent":
@@ -365,6 +370,7 @@ class SkipDiTPipeline(SkipPipeline):
         output_type: str = "pil",
         decode_chunk_size: int = 16,
         callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """Sample pictures: as `SkipLattePipeline.__call__`, without frames.
@@ -379,7 +385,8 @@ class SkipDiTPipeline(SkipPipeline):
         """
         latents = self._sample(
             class_labels, num_samples, num_inference_steps, guidance_scale, generator, latents, guidance_channels,
-            output_type, decode_chunk_size, callback_on_step_end, {"height": height, "width": width},
+            output_type, decode_chunk_size, callback_on_step_end, callback_on_step_end_tensor_inputs,
+            {"height": height, "width": width},
         )  # fmt: skip
         images = latents
         if output_type != "latent":

@@ -279,7 +279,7 @@ def test_values_out_of_range(changes, said):
         ({"model": "Latte-XL/2-skip"}, "pass checkpoint=<path> as well"),
         (
             {"model": "Latte-XL/2-skip", "checkpoint": "no.pt", "vae": "x"},
-            "no.pt is not there: pass checkpoint=",
+            "no.pt and x are not there: pass checkpoint=<path> and vae=<path>",
         ),
     ],
 )

@@ -74,6 +74,8 @@ class Attention(nn.Module, AttentionModuleMixin):
     The mixin only marks it as an attention layer, so that diffusers' attention caches find it.
     """
 
+    processor = None  # diffusers' attention backends have nothing to set here
+
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
