@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from ..errors import UnreadableError, UserError
 from .clips import Entry, check_counts, draw_clip, draw_image, generator
 
-__all__ = ["INDEX", "LatentDataset", "hash_file", "hash_weights", "read_index", "verify"]
+__all__ = ["FORMAT", "INDEX", "PARTS", "LatentDataset", "hash_file", "hash_weights", "read_index", "verify"]
 
 INDEX = "index.json"
 FORMAT = 1
@@ -25,7 +26,8 @@ class LatentDataset(Dataset):
     """Latents of clips or pictures, from a folder that `skipdit encode` wrote.
 
     All frames of each clip are there, so the temporal crop is as random as from the videos: the same (seed, epoch,
-    index) picks the same frames and flip as in `ClipDataset`. A read touches only the bytes of the frames it needs.
+    index) picks the same frames and flip as in `ClipDataset`. A read touches only the bytes from the first to the last
+    frame of the crop.
 
     Args:
         folder: With index.json and the shards.
@@ -72,11 +74,11 @@ class LatentDataset(Dataset):
         self.images = images
         span = num_frames * frame_interval if self.is_video else 1
         self.entries: list[Entry] = []
-        self._places: list[tuple[str, str]] = []  # shard and name in it
+        self._places: list[tuple[str, int]] = []  # shard, and row of the clip's first frame
         for clip in index["clips"]:
             if clip["frames"] >= span:
                 self.entries.append(Entry(Path(clip["path"]), clip["class_label"], clip["frames"]))
-                self._places.append((clip["shard"], clip["name"]))
+                self._places.append((clip["shard"], clip["row"]))
         if not self.entries:
             raise UserError(f"No clip in {folder} has {span} frames: lower num_frames or frame_interval.")
         self._open: dict[str, Any] = {}
@@ -114,14 +116,15 @@ class LatentDataset(Dataset):
 
     def _read(self, index: int, frames: list[int], flip: bool) -> dict[str, torch.Tensor]:
         """Mean and deviation of these frames, each [C, n, h, w]."""
-        shard, name = self._places[index]
+        shard, row = self._places[index]
         first, stop = min(frames), max(frames) + 1
         picks = [frame - first for frame in frames]
-        key = f"{name}.flip" if flip else name
+        prefix = "flip." if flip else ""
         try:
             if shard not in self._open:
                 self._open[shard] = safe_open(self.folder / shard, framework="pt")
-            rows = {part: self._open[shard].get_slice(f"{key}.{part}")[first:stop] for part in PARTS}
+            file = self._open[shard]
+            rows = {part: file.get_slice(prefix + part)[row + first : row + stop] for part in PARTS}
         except (SafetensorError, OSError) as error:
             raise UnreadableError(self.folder / shard, str(error).split("\n")[0][:160]) from error
         return {part: value[picks].float().transpose(0, 1).contiguous() for part, value in rows.items()}
@@ -156,8 +159,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def verify(folder: Path) -> list[str]:
     """Shards whose content is not what was written, by SHA-256."""
-    index = read_index(folder)
-    return [shard for shard, about in index["shards"].items() if hash_file(folder / shard) != about["sha256"]]
+    shards = tqdm(read_index(folder)["shards"].items(), desc="Verifying", unit="shard", disable=None)
+    return [shard for shard, about in shards if hash_file(folder / shard) != about["sha256"]]
 
 
 def hash_file(path: Path) -> str:
