@@ -24,8 +24,8 @@ from skipdit.data import ClipDataset, ImageDataset, LatentDataset
 from skipdit.data.clips import Entry
 from skipdit.data.latents import hash_weights, verify
 from skipdit.errors import UserError
-from skipdit.training.build import load_vae
-from skipdit.training.config import DataConfig
+from skipdit.training.build import build_model, check_fit, load_vae
+from skipdit.training.config import DataConfig, ModelConfig
 from skipdit.training.data import build_data, encode
 from skipdit.training.encoding import EncodeConfig, _check_room, encode_data
 from skipdit.training.shards import Encoder, plan_batches, plan_shards
@@ -388,6 +388,20 @@ def test_what_latents_cannot_give(written):
     data.arguments = {"split": "list.txt", "flip": False}
     with pytest.raises(UserError, match="data.arguments.split cannot be applied to latents"):
         build_data(data, Path())
+
+
+def test_training_refuses_latents_of_another_autoencoder(written, clips, vae_folder, tmp_path):
+    sizes = {"sample_size": 8, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_frames": 4, "num_classes": 2}
+    model = build_model(ModelConfig("Latte", sizes))
+    data = DataConfig(
+        name="clips", latents=str(written()), arguments={"root": str(clips), "num_frames": 4, "images": 2}
+    )
+    latents, names = build_data(data, tmp_path)
+    vae = load_vae(str(vae_folder))
+    check_fit(model, vae, latents, names, data, "the same")
+    vae.quant_conv.weight.data[0] += 1e-3
+    with pytest.raises(UserError, match="was written by another autoencoder than vae=other: set vae to that one"):
+        check_fit(model, vae, latents, names, data, "other")
 
 
 def test_weights_have_one_hash_however_they_are_stored():
