@@ -2,65 +2,23 @@
 
 import json
 import logging
-import pickle
 import shutil
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
+from painted import numbers, painted, write_frames, write_video
 from PIL import Image
 from real_data import real
 from torch.utils.data import DataLoader
 
-from skipdit.data import ClipDataset, ImageDataset, decoding
+from skipdit.data import ClipDataset, ImageDataset
 from skipdit.data.clips import draw_clip, generator
 from skipdit.data.decoding import open_source
 from skipdit.data.index import count_frames
 from skipdit.data.transforms import fit
-from skipdit.errors import UnreadableError, UserError
-
-SIDE, BITS = 48, 6
-
-
-def painted(number: int) -> np.ndarray:
-    """A frame whose six bars, from top to bottom, are the bits of its number: codecs and mirrors leave them be."""
-    bars = [255 * (number >> bit & 1) for bit in range(BITS)]
-    column = np.repeat(np.array(bars, np.uint8), SIDE // BITS)
-    return np.broadcast_to(column[:, None, None], (SIDE, SIDE, 3)).copy()
-
-
-def numbers(video: torch.Tensor) -> list[int]:
-    """Frame numbers of painted frames [n, 3, H, W] in [-1, 1]."""
-    rows = [int((bit + 0.5) * video.shape[-2] / BITS) for bit in range(BITS)]
-    bits = (video.mean((1, 3))[:, rows] > 0).long()
-    return (bits << torch.arange(BITS)).sum(1).tolist()
-
-
-def write_video(path: Path, frames: int, codec: str = "mpeg4", first: int = 0, **options: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options)
-        stream.width = stream.height = SIDE
-        stream.pix_fmt = "yuv420p"
-        stream.gop_size = 8
-        for number in range(first, first + frames):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(painted(number), format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
-
-
-def write_frames(folder: Path, frames: int) -> Path:
-    folder.mkdir(parents=True)
-    for number in range(frames):  # unpadded, so that names sort otherwise than numbers do
-        Image.fromarray(painted(number)).save(folder / f"x_frames_{number}.png")
-    return folder
-
-
-@pytest.fixture
-def without_decord(monkeypatch):
-    monkeypatch.setattr(decoding, "_DECORD", [None])
+from skipdit.errors import UserError
 
 
 @pytest.fixture
@@ -70,82 +28,6 @@ def ucf(tmp_path) -> Path:
         for clip in range(clips):
             write_video(tmp_path / "UCF101" / name / f"v_{name}_g01_c{clip:02d}.avi", 24)
     return tmp_path / "UCF101"
-
-
-# ---------------------------------------------------------------------- decoding
-
-
-@pytest.mark.parametrize("name", ["a.avi", "a.mp4", "a.mkv"])
-@pytest.mark.parametrize("bframes", ["0", "2"])
-@pytest.mark.parametrize("reader", ["decord", "pyav"])
-def test_exactly_the_frames_that_were_asked_for(tmp_path, name, bframes, reader, monkeypatch):
-    if reader == "pyav":
-        monkeypatch.setattr(decoding, "_DECORD", [None])
-    source = open_source(write_video(tmp_path / name, 40, bf=bframes, qscale="2"))
-    assert len(source) == 40
-    for wanted in ([0], [39], [5, 6, 30], [30, 6, 6], list(range(40))):
-        assert numbers(fit(source.read(wanted), (SIDE, SIDE))) == wanted
-
-
-def test_frame_folders_are_ordered_by_their_trailing_number(tmp_path):
-    source = open_source(write_frames(tmp_path / "clip", 12))
-    assert numbers(fit(source.read([0, 2, 10, 11]), (SIDE, SIDE))) == [0, 2, 10, 11]
-
-
-def test_real_videos_agree_with_decoding_all_of_them(without_decord):
-    """PyAV's picks and decord's, on every real clip, against the frames counted from the start."""
-    clips = sorted(real("data/UCF101").rglob("v_*"))
-    assert len(clips) == 12
-    for path in clips:
-        with av.open(str(path)) as container:
-            every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        source = open_source(path)
-        picks = [0, 1, len(every) // 2, len(every) - 2, len(every) - 1]
-        assert len(source) == len(every)
-        assert np.array_equal(source.read(picks), np.stack([every[pick] for pick in picks])), path
-        try:
-            import decord
-
-            reader = decoding._DecordReader(decord)
-        except ImportError:
-            continue
-        try:
-            frames = reader.read(path, picks)
-        except UnreadableError:
-            continue  # nine of them carry no frame count, which decord wants
-        assert np.array_equal(frames, np.stack([every[pick] for pick in picks])), path
-
-
-def damaged(tmp_path: Path) -> dict[str, Path]:
-    whole = write_video(tmp_path / "whole.mp4", 40)
-    data = whole.read_bytes()
-    paths = {name: tmp_path / f"{name}.mp4" for name in ("empty", "cut", "noise", "text")}
-    paths["empty"].write_bytes(b"")
-    paths["cut"].write_bytes(data[: len(data) // 2])
-    paths["noise"].write_bytes(np.random.default_rng(0).bytes(5000))
-    paths["text"].write_text("<html>not found</html>")
-    (tmp_path / "folder").mkdir()
-    picture = tmp_path / "torn" / "1.jpg"
-    picture.parent.mkdir()
-    Image.fromarray(painted(1)).save(picture)
-    picture.write_bytes(picture.read_bytes()[:300])
-    return {**paths, "folder": tmp_path / "folder", "torn": picture.parent, "missing": tmp_path / "no.mp4"}
-
-
-@pytest.mark.parametrize("name", ["empty", "cut", "noise", "text", "folder", "torn", "missing"])
-def test_damaged_files_are_named(tmp_path, name):
-    path = damaged(tmp_path)[name]
-    with pytest.raises(UnreadableError) as raised:
-        source = open_source(path)
-        source.read(range(min(20, len(source))))
-    assert str(path) in str(raised.value)
-    again = pickle.loads(pickle.dumps(raised.value))
-    assert str(again) == str(raised.value) and again.reason == raised.value.reason
-
-
-def test_a_frame_that_is_not_there(tmp_path, without_decord):
-    with pytest.raises(UnreadableError, match="it has 8 frames, and number 8 was asked for"):
-        open_source(write_video(tmp_path / "a.mp4", 8)).read([3, 8])
 
 
 # ---------------------------------------------------------------------- what is random
@@ -307,7 +189,7 @@ def test_bad_clips_are_left_out_and_named_once(ucf, caplog):
 
 
 def test_all_bad_is_too_bad_whatever_the_share(ucf):
-    with pytest.raises(UserError, match="5 of 5 clips cannot be used"):
+    with pytest.raises(UserError, match=r"5 of 5 clips cannot be used \(.*too short, 24 of 25 frames"):
         ClipDataset(ucf, num_frames=25, size=16, max_bad_share=1.0)
 
 
@@ -319,6 +201,8 @@ def test_all_bad_is_too_bad_whatever_the_share(ucf):
         ({"root": "flat"}, "lies in no class folder of .*classes=none"),
         ({"split": "no.txt"}, "no.txt is not there: set data.arguments.split"),
         ({"split": "blank.txt"}, "blank.txt is empty"),
+        ({"split": "binary.txt"}, "binary.txt is no text"),
+        ({"split": "out.txt"}, r"names 1 of 1 files that are not below .*\(\.\./flat/a.avi\)"),
         (
             {"split": "wrong.txt"},
             r"names 4 of 5 files that are not below .*\(A/1.avi, A/2.avi, A/3.avi, ...\)",
@@ -329,6 +213,8 @@ def test_mistakes_are_named_before_any_work(ucf, tmp_path, monkeypatch, settings
     monkeypatch.chdir(tmp_path)
     Path("hollow").mkdir()
     write_video(Path("flat/a.avi"), 5)
+    Path("binary.txt").write_bytes(bytes(range(256)))
+    Path("out.txt").write_text("../flat/a.avi\n")
     Path("blank.txt").write_text("\n\r\n")
     Path("wrong.txt").write_text("".join(f"A/{n}.avi 1\n" for n in range(1, 5)) + "Biking/v_Biking_g01_c01.avi 2\n")
     with pytest.raises(UserError, match=message):
@@ -354,21 +240,57 @@ def test_arguments_out_of_range(ucf, settings, message):
 
 
 def test_counts_are_kept_and_counted_again_for_what_changed(ucf, tmp_path, monkeypatch):
-    clips = sorted(ucf.rglob("*.avi"))
+    clips, store = sorted(ucf.rglob("*.avi")), tmp_path / "run" / "index.json"
     counted = []
     monkeypatch.setattr("skipdit.data.index.open_source", lambda path: counted.append(path) or open_source(path))
-    first = count_frames(ucf, clips, tmp_path / "run")
+    first = count_frames(ucf, clips, store)
     assert set(first.values()) == {24} and sorted(counted) == clips
-    [store] = (tmp_path / "run").glob("frames-*.json")
+    assert store.is_file()
     counted.clear()
-    assert count_frames(ucf, clips, tmp_path / "run") == first and not counted
+    assert count_frames(ucf, clips, store) == first and not counted
     write_video(clips[2], 9)
     clips[4].write_bytes(b"")
-    again = count_frames(ucf, clips, tmp_path / "run")
+    again = count_frames(ucf, clips, store)
     assert sorted(counted) == [clips[2], clips[4]]
     assert again[clips[2]] == 9 and again[clips[4]] == "it is empty" and again[clips[0]] == 24
     store.write_text(json.dumps({"format": 0}))
     counted.clear()
-    assert count_frames(ucf, clips, tmp_path / "run") == again and len(counted) == 5
-    store.write_text("{half")
-    assert count_frames(ucf, clips, tmp_path / "run") == again
+    assert count_frames(ucf, clips, store) == again and len(counted) == 5
+    for other in ("{half", "[]", "7"):
+        store.write_text(other)
+        assert count_frames(ucf, clips, store) == again
+
+
+def test_counts_of_one_process_do_not_displace_anothers(ucf, tmp_path, monkeypatch):
+    clips, store = sorted(ucf.rglob("*.avi")), tmp_path / "index.json"
+
+    def while_another_counts(path):
+        monkeypatch.setattr("skipdit.data.index.open_source", open_source)
+        count_frames(ucf, clips[3:], store)
+        return open_source(path)
+
+    monkeypatch.setattr("skipdit.data.index.open_source", while_another_counts)
+    count_frames(ucf, clips[:1], store)
+    assert set(json.loads(store.read_text())["clips"]) == {
+        path.relative_to(ucf).as_posix() for path in clips if path not in clips[1:3]
+    }
+
+
+def test_where_the_index_is_kept(ucf, tmp_path):
+    ClipDataset(ucf, num_frames=4, cache_dir=tmp_path / "run")
+    [store] = (tmp_path / "run").iterdir()
+    assert store.match("frames-????????????.json") and len(json.loads(store.read_text())["clips"]) == 5
+    ClipDataset(ucf, num_frames=4, index=tmp_path / "mine.json", cache_dir=tmp_path / "other")
+    assert json.loads((tmp_path / "mine.json").read_text()) == json.loads(store.read_text())
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match="Cannot write .*: set data.arguments.index"):
+        ClipDataset(ucf, num_frames=4, index=tmp_path / "mine.json" / "below.json")
+
+
+def test_an_empty_picture_leaves_its_clip_out(tmp_path, caplog):
+    for name in "abc":
+        write_frames(tmp_path / name, 6)
+    (tmp_path / "b" / "x_frames_4.png").write_bytes(b"")
+    data = ClipDataset(tmp_path, num_frames=4, size=16, classes="none", max_bad_share=0.4)
+    assert [entry.path.name for entry in data.entries] == ["a", "c"]
+    assert data.rejected == [(tmp_path / "b", "x_frames_4.png is empty")]

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from .decoding import open_source, read_image
 from .files import check_rejected, class_folders, find_clips, read_list
-from .index import count_frames
+from .index import count_frames, default_store
 from .transforms import fit, sides
 
 __all__ = ["ClipDataset", "ClipDraw", "Entry", "check_counts", "draw_clip", "draw_image", "generator"]
@@ -90,7 +90,8 @@ class ClipDataset(Dataset):
         image_root: Folder of that list's pictures; None: the root.
         seed: Of the random choices.
         max_bad_share: Of the clips, 0..1.
-        cache_dir: Folder for the index of frame counts; None: it is not kept.
+        index: File that keeps the frame counts; None: one in `cache_dir`.
+        cache_dir: Folder for the frame counts (a training run gives its own); None: they are not kept.
 
     Attributes:
         entries: The clips that can be used.
@@ -120,6 +121,7 @@ class ClipDataset(Dataset):
         image_root: str | Path | None = None,
         seed: int = 0,
         max_bad_share: float = 0.05,
+        index: str | Path | None = None,
         cache_dir: str | Path | None = None,
     ):
         check_counts(num_frames=(num_frames, 1), frame_interval=(frame_interval, 1), images=(images, 0), seed=(seed, 0))
@@ -136,14 +138,16 @@ class ClipDataset(Dataset):
         self.class_names = class_folders(self.root, clips) if classes == "folders" else None
         if split is not None:
             clips = read_list(Path(split), self.root)
-        self._index(clips, cache_dir)
+        if index is None and cache_dir is not None:
+            index = default_store(self.root, Path(cache_dir))
+        self._index(clips, None if index is None else Path(index))
         self._pictures = self._read_pictures(image_list, image_root)
 
-    def _index(self, clips: list[Path], cache_dir: str | Path | None) -> None:
+    def _index(self, clips: list[Path], store: Path | None) -> None:
         self.entries: list[Entry] = []
         self.rejected: list[tuple[Path, str]] = []
         span = self.num_frames * self.frame_interval
-        counts = count_frames(self.root, clips, None if cache_dir is None else Path(cache_dir))
+        counts = count_frames(self.root, clips, store)
         for path, frames in counts.items():
             if isinstance(frames, str):
                 self.rejected.append((path, frames))

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,14 @@ from PIL import Image
 from ..errors import UnreadableError
 
 if TYPE_CHECKING:
-    import av
+    pass
 
 __all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "FrameSource", "frame_files", "open_source", "read_image"]
 
 VIDEO_SUFFIXES = frozenset(".avi .mp4 .mov .mkv .webm .m4v .mpg .mpeg .wmv .flv".split())
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .webp".split())
+
+DECORD_FORMATS = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"))
 
 Frames = NDArray[np.uint8]
 
@@ -40,7 +43,7 @@ def open_source(path: str | Path) -> FrameSource:
     """Open a video file, or a folder of pictures.
 
     A video is read by decord, which seeks to the keyframe before each frame and decodes no more than is needed. Where
-    decord is not installed, or fails on the file, PyAV does the same.
+    decord is not installed, fails on the file, or would give other frames than asked for, PyAV does the same.
 
     Raises:
         UnreadableError: The file is empty, damaged, or no video.
@@ -51,80 +54,115 @@ def open_source(path: str | Path) -> FrameSource:
     return VideoFile(path)
 
 
+class Packets(NamedTuple):
+    """What the packets' headers of a video say, without decoding.
+
+    Attributes:
+        times: Presentation times of the frames in order [n], in the stream's unit.
+        keyframes: (presentation time, time to seek to) of each keyframe.
+        decord_is_exact: decord finds frames of this file by number; of others it silently gives neighbours.
+    """
+
+    times: NDArray[np.int64]
+    keyframes: list[tuple[int, int]]
+    decord_is_exact: bool
+
+
 class VideoFile:
-    """A video file; its frames are counted by reading the packets' headers, without decoding."""
+    """A video file; its frames are counted by reading the packets' headers."""
 
     def __init__(self, path: Path):
         self.path = path
-        if not path.is_file():
-            raise UnreadableError(path, "it is not there")
-        if not path.stat().st_size:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UnreadableError(path, "it is not there" if not path.exists() else _reason(error)) from error
+        if not status.st_size:
             raise UnreadableError(path, "it is empty")
-        self._times: list[int] | None = None
+        self.packets = _read_packets(path, status.st_size, status.st_mtime_ns)
 
     def __len__(self) -> int:
-        return len(self._packet_times())
+        return len(self.packets.times)
 
     def read(self, indices: Sequence[int]) -> Frames:
         """As `FrameSource.read`."""
-        reader = _decord()
+        _check_range(indices, len(self), self.path)
+        reader = _decord() if self.packets.decord_is_exact else None
         if reader is not None:
             try:
-                return reader.read(self.path, indices)
+                return reader.read(self.path, indices, len(self))
             except UnreadableError:
                 pass  # PyAV forgives more
         return self._read_by_pyav(indices)
 
-    def _packet_times(self) -> list[int]:
-        """Presentation times of all frames in order, in the stream's unit."""
-        if self._times is None:
-            import av
-
-            try:
-                with av.open(str(self.path)) as container:
-                    stream = container.streams.video[0]
-                    packets = [packet for packet in container.demux(stream) if packet.size]
-            except (av.FFmpegError, IndexError, OSError, ValueError) as error:
-                raise UnreadableError(self.path, _reason(error)) from error
-            times = [packet.dts if packet.pts is None else packet.pts for packet in packets]
-            if not times:
-                raise UnreadableError(self.path, "it has no frames")
-            self._times = [] if None in times else sorted(times)
-            if not self._times:
-                raise UnreadableError(self.path, "its packets carry no times")
-        return self._times
-
     def _read_by_pyav(self, indices: Sequence[int]) -> Frames:
+        wanted = set(indices)
+        before = [seek for time, seek in self.packets.keyframes if time <= self.packets.times[min(wanted)]]
+        found = self._decode(wanted, before[-1]) if len(before) > 1 else {}
+        if len(found) < len(wanted):  # a seek that did not land where it should
+            found = self._decode(wanted, None)
+        if missing := wanted - set(found):
+            raise UnreadableError(self.path, f"frame {min(missing)} of {len(self)} cannot be decoded")
+        return np.stack([found[index] for index in indices])
+
+    def _decode(self, wanted: set[int], seek: int | None) -> dict[int, Frames]:
+        """The wanted frames, decoding from the keyframe at a time on (None: from the start, counting)."""
         import av
 
-        times = self._packet_times()
-        _check_range(indices, len(times), self.path)
         found: dict[int, Frames] = {}
-        wanted = set(indices)
         try:
             with av.open(str(self.path)) as container:
-                for index, frame in self._numbered(container, times, min(wanted)):
-                    if index in wanted:
-                        found[index] = frame.to_ndarray(format="rgb24")
+                stream = container.streams.video[0]
+                stream.codec_context.thread_count = 1  # loaders run a process a core
+                decoded: Iterator[tuple[int, av.VideoFrame]] = enumerate(container.decode(stream))
+                if seek is not None:
+                    container.seek(seek, stream=stream, backward=True, any_frame=False)
+                    numbers = {time: number for number, time in enumerate(self.packets.times.tolist())}
+                    decoded = ((numbers.get(frame.pts, -1), frame) for frame in container.decode(stream))
+                for number, frame in decoded:
+                    if number in wanted:
+                        found[number] = frame.to_ndarray(format="rgb24")
                         if len(found) == len(wanted):
                             break
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise UnreadableError(self.path, _reason(error)) from error
-        if missing := wanted - set(found):
-            raise UnreadableError(self.path, f"frame {min(missing)} of {len(times)} cannot be decoded")
-        return np.stack([found[index] for index in indices])
+            if seek is None:
+                raise UnreadableError(self.path, _reason(error)) from error
+        return found
 
-    @staticmethod
-    def _numbered(container: "av.container.InputContainer", times: list[int], first: int) -> Iterator[tuple]:
-        """(number, frame) from the keyframe before the first on."""
-        stream = container.streams.video[0]
-        if container.format.name == "avi":  # its times are guesses, wrong by a frame around B-frames: count instead
-            yield from enumerate(container.decode(stream))
-            return
-        container.seek(times[first], stream=stream, backward=True, any_frame=False)
-        numbers = {time: number for number, time in enumerate(times)}
-        for frame in container.decode(stream):
-            yield numbers.get(frame.dts if frame.pts is None else frame.pts, -1), frame
+
+@lru_cache(maxsize=1 << 13)
+def _read_packets(path: Path, size: int, changed_ns: int) -> Packets:
+    """Read the headers; kept for as long as the file stays the same."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            name, reorders = container.format.name, stream.codec_context.has_b_frames
+            if any(packet.is_corrupt for packet in packets):
+                raise UnreadableError(path, f"it is cut off after {len(packets) - 1} frames")
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise UnreadableError(path, "it has no video" if isinstance(error, IndexError) else _reason(error)) from error
+    if not packets:
+        raise UnreadableError(path, "it has no frames")
+    stamps = [(packet.pts, packet.dts, packet.is_keyframe) for packet in packets]
+    times = sorted(dts if pts is None else pts for pts, dts, _ in stamps if (pts, dts) != (None, None))
+    # AVI keeps no times, and those guessed for reordered frames are wrong: such files are read from the start.
+    if len(set(times)) < len(packets) or (name == "avi" and reorders):
+        return Packets(np.arange(len(packets)), [], False)
+    keyframes = [(pts, pts if dts is None else dts) for pts, dts, is_key in stamps if is_key and pts is not None]
+    return Packets(np.array(times), keyframes, name in DECORD_FORMATS and not _has_leading_frames(stamps))
+
+
+def _has_leading_frames(stamps: Sequence[tuple[int | None, int | None, bool]]) -> bool:
+    """Whether frames are shown before the keyframe that is stored before them, as in open groups of pictures."""
+    key = None
+    for pts, _, is_key in stamps:
+        key = pts if is_key else key
+        if pts is None or key is None or pts < key:
+            return True
+    return False
 
 
 class FrameFolder:
@@ -132,7 +170,10 @@ class FrameFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.files = frame_files(path)
+        try:
+            self.files = frame_files(path)
+        except OSError as error:
+            raise UnreadableError(path, _reason(error)) from error
         if not self.files:
             raise UnreadableError(path, "it holds no pictures")
 
@@ -188,10 +229,16 @@ class _DecordReader:
         self.module = module
         module.logging.set_level(module.logging.FATAL)  # what fails is told by us, once
 
-    def read(self, path: Path, indices: Sequence[int]) -> Frames:
+    def read(self, path: Path, indices: Sequence[int], length: int) -> Frames:
+        """Frames of a file that has so many of them.
+
+        Raises:
+            UnreadableError: decord refuses it, or counts otherwise.
+        """
         try:
             reader = self.module.VideoReader(str(path), ctx=self.module.cpu(0), num_threads=1)
-            _check_range(indices, len(reader), path)
+            if len(reader) != length:
+                raise UnreadableError(path, f"decord counts {len(reader)} frames of {length}")
             return reader.get_batch(list(indices)).asnumpy()
         except (self.module.DECORDError, RuntimeError, IndexError) as error:
             raise UnreadableError(path, _reason(error)) from error

@@ -75,11 +75,14 @@ def read_list(path: Path, root: Path) -> list[Path]:
     """
     if not path.is_file():
         raise UserError(f"{path} is not there: set data.arguments.split to a list of files, or to null for all.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text: it must name a file a line, relative to {root}.") from error
     names = [_without_label(line) for line in lines]
     if not names:
         raise UserError(f"{path} is empty: it must name a file a line, relative to {root}.")
-    missing = [name for name in names if not (root / name).exists()]
+    missing = [name for name in names if _leads_out(name) or not (root / name).exists()]
     if missing:
         raise UserError(
             f"{path} names {len(missing)} of {len(names)} files that are not below {root} ({_some(missing)}): check "
@@ -93,6 +96,10 @@ def _without_label(line: str) -> str:
     return name if name and label.isdecimal() else line
 
 
+def _leads_out(name: str) -> bool:
+    return Path(name).is_absolute() or ".." in Path(name).parts
+
+
 def check_rejected(rejected: Sequence[tuple[Path, str]], total: int, max_bad_share: float) -> None:
     """Name the files that are left out, once.
 
@@ -102,10 +109,8 @@ def check_rejected(rejected: Sequence[tuple[Path, str]], total: int, max_bad_sha
     if len(rejected) > max_bad_share * total or len(rejected) == total:
         listed = "; ".join(f"{path}: {reason}" for path, reason in rejected[:SHOWN])
         more = f"; and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
-        raise UserError(
-            f"{len(rejected)} of {total} clips cannot be used, more than data.arguments.max_bad_share="
-            f"{max_bad_share:g} allows ({listed}{more})."
-        )
+        limit = f", more than data.arguments.max_bad_share={max_bad_share:g} allows" if len(rejected) < total else ""
+        raise UserError(f"{len(rejected)} of {total} clips cannot be used{limit} ({listed}{more}).")
     for path, reason in rejected:
         log.warning("%s is left out: %s", path, reason)
 

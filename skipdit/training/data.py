@@ -27,7 +27,7 @@ DATA_SETS: dict[str, Callable[..., Dataset]] = {
 """By `data.name`: takes `data.arguments`; items are {"video", "class_label"}, the video [T, 3, H, W] (a picture:
 [3, H, W]) in [-1, 1]; `class_names` in order, None without classes."""
 
-ENCODED = ("root", "size", "classes", "cache_dir")
+ENCODED = ("root", "size", "classes", "index", "cache_dir")
 """Arguments that latents written ahead have already been through."""
 
 
