@@ -63,9 +63,7 @@ def main() -> None:
         for name, compiled in (("eager", False), ("compiled", True)):
             seconds = statistics.median(step_seconds(config, batch, compiled, args.repeats, device))
             speed = operations / seconds
-            print(
-                f"| {name} | {seconds:.3f} | {batch / seconds:.1f} | {speed / 1e12:.3f} | {speed / rate:.0%} |"
-            )
+            print(f"| {name} | {seconds:.3f} | {batch / seconds:.1f} | {speed / 1e12:.3f} | {speed / rate:.0%} |")
 
 
 if __name__ == "__main__":

@@ -97,13 +97,13 @@ def test_exit_status(result, status, said, monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "checkpoint"), PUBLISHED.items())
 def test_without_its_checkpoint_a_set_names_the_download(name, checkpoint, monkeypatch, capsys):
     path, entry = f"pretrained/{checkpoint}.pt", f"skip-dit/{checkpoint.lower()}"
-    if (ROOT / path).exists():
+    if (ROOT / path).exists() or (ROOT / "pretrained/Latte/vae").exists():
         pytest.skip("the checkpoint is here")
     monkeypatch.chdir(ROOT)
     assert main(["sample", "--config", f"configs/{name}/sample.yaml"]) == 2
     assert capsys.readouterr().err == (
-        f"skipdit: {path} is not there: fetch it with 'python pretrained/download_ckpts.py {entry}' "
-        "(or pass checkpoint=...).\n"
+        f"skipdit: {path} and pretrained/Latte/vae are not there: fetch with 'python pretrained/download_ckpts.py "
+        f"{entry} skip-dit/vae' (or pass checkpoint=<path> and vae=<path>).\n"
     )
 
 

@@ -1,5 +1,6 @@
 """`skipdit download` end to end against an imitation of a hub on the loopback address."""
 
+import functools
 import hashlib
 import io
 import json
@@ -484,8 +485,15 @@ def test_the_script_takes_the_checkout_as_root(tmp_path):
 def start(root: Path, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "skipdit", "download", "--root", str(root), *words]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=root,
+        preexec_fn=listens,
     )
 
 
