@@ -156,10 +156,8 @@ class SkipPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not known: choose one of {', '.join(OUTPUT_TYPES)}.")
         channels = self.transformer.config.in_channels
-        if output_type != "latent" and self.vae.config.latent_channels != channels:
-            raise ValueError(
-                f"The transformer's latents have {channels} channels, the autoencoder's {self.vae.config.latent_channels}."
-            )
+        if output_type != "latent" and (of_vae := self.vae.config.latent_channels) != channels:
+            raise ValueError(f"The transformer's latents have {channels} channels, the autoencoder's {of_vae}.")
         if self._takes_variance() and not self.transformer.config.learn_sigma:
             raise ValueError("This scheduler expects a learned variance, which the model (learn_sigma=False) has not.")
         if not self._takes_variance() and self.scheduler.config.get("variance_type") in LEARNED_VARIANCE:
