@@ -4,6 +4,7 @@ Run it on a quiet machine: python tests/measure_data.py data/UCF101 --vae pretra
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,15 +43,18 @@ def whole_file(data: ClipDataset, index: int, epoch: int) -> np.ndarray:
 
 
 def latent_rates(args: argparse.Namespace, data: ClipDataset) -> dict[str, float]:
-    """Encoding while training, and latents written ahead."""
+    """Encoding while training, and latents written ahead (on all cores; they are read by one)."""
     vae = load_vae(args.vae)
-    encoding = rate(lambda i, e: encode(vae, data.item(i, e)["video"][None], 16), len(data), args.seconds)
+    encoding = rate(lambda i, e: encode(vae, data.item(i, e)["video"][None], 16), min(3, len(data)), args.seconds)
+    torch.set_num_threads(os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         arguments = (
             f"{{root: {args.root}, num_frames: 1, size: {args.size}, classes: {args.classes}, max_bad_share: 1.0}}"
         )
         words = [f"data.arguments={arguments}", f"vae={args.vae}", f"output={folder}/latents", "data.num_workers=0"]
-        latents = LatentDataset(encode_data(load_config(EncodeConfig, None, words)), frame_interval=args.interval)
+        written = encode_data(load_config(EncodeConfig, None, [*words, "flip=false"]))
+        torch.set_num_threads(1)
+        latents = LatentDataset(written, frame_interval=args.interval, flip=False)
         reading = rate(latents.item, len(latents), args.seconds)
     return {"... and encode": encoding, "read latents (skipdit encode)": reading}
 
