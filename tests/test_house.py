@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # A unit (a module or folder right below skipdit/) may import units of earlier levels ...
 LEVELS = (
-    {"errors", "config", "files", "__version__"},
+    {"errors", "config", "files", "kernels", "__version__"},
     {"models", "cache", "diffusion", "schedulers", "data"},
     {"pipelines", "checkpoints", "weights", "media", "gallery", "operations"},
     {"training", "evaluation", "sampling", "registry", "convert"},
@@ -43,7 +43,8 @@ SIDEWAYS = {
     ("sampling", "registry"),  # names the download command of a checkpoint that is not there
 }
 # One unit in several modules, so that the command line can show its help without importing torch.
-PART_OF = {"loading": "sampling", "generation": "sampling", "sampling_config": "sampling"}
+OF_SAMPLING = "collecting collection generation labels loading planning sample_report sampling_config streaming"
+PART_OF = dict.fromkeys(OF_SAMPLING.split(), "sampling")
 LEVEL_OF = {unit: number for number, units in enumerate(LEVELS) for unit in units}
 SCHEMAS = {
     "sample.yaml": "skipdit.sampling:SampleConfig",
