@@ -5,13 +5,45 @@ Axes in comments and docstrings: B batch, F frames, P patches of one frame, D hi
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
+from ..kernels import (
+    KERNELS,
+    attention,
+    fused_attention,
+    fused_gate_residual,
+    fused_gate_residual_norm,
+    fused_linear_gelu,
+    fused_norm_modulate,
+    gate_residual,
+    gate_residual_norm,
+    norm_modulate,
+)
+
 NORM_EPS = 1e-6
+
+
+def use_kernels(model: nn.Module, names: Collection[str] = KERNELS) -> None:
+    """Let a model's layers use the kernels of `skipdit.kernels` where these run; an empty list turns them off.
+
+    Args:
+        model: A backbone, or a part of one.
+        names: Some of "attention" (over at most 64 frames or patches, 16 in float32), "norm" (LayerNorm, modulation,
+            gates and residuals), "mlp" (GELU in the matrix product, without gradients).
+
+    Raises:
+        ValueError: A name is not known.
+    """
+    if unknown := set(names) - set(KERNELS):
+        raise ValueError(f"No kernel {sorted(unknown)[0]!r}: choose from {', '.join(KERNELS)}.")
+    for module in model.modules():
+        if isinstance(module, Attention | Mlp | Block | FinalLayer):
+            module.kernels = tuple(names)
 
 
 def sincos_1d(dim: int, positions: torch.Tensor) -> torch.Tensor:
@@ -75,6 +107,7 @@ class Attention(nn.Module, AttentionModuleMixin):
     """
 
     processor = None  # diffusers' attention backends have nothing to set here
+    kernels: tuple[str, ...] = ()
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -84,17 +117,14 @@ class Attention(nn.Module, AttentionModuleMixin):
 
     def forward(self, hidden_states: torch.Tensor, axis: int = -2) -> torch.Tensor:
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
-        # each [..., axis, ..., H, d] -> [..., H, axis, d]
-        query, key, value = (t.movedim(axis - 1, -2) for t in qkv.unbind(-3))
-        batch_axes = query.shape[:-3]
-        query, key, value = (t.flatten(0, -4) for t in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        attended = attended.unflatten(0, batch_axes).movedim(-2, axis - 1)
-        return self.proj(attended.flatten(-2))
+        attend = fused_attention if "attention" in self.kernels else attention
+        return self.proj(attend(qkv, axis))
 
 
 class Mlp(nn.Module):
     """Linear, tanh-GELU, Linear on the last axis."""
+
+    kernels: tuple[str, ...] = ()
 
     def __init__(self, hidden_size: int, mlp_ratio: float):
         super().__init__()
@@ -103,26 +133,24 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if "mlp" in self.kernels and type(self.fc1) is nn.Linear:  # not one that LoRA or a quantiser has wrapped
+            return self.fc2(fused_linear_gelu(hidden_states, self.fc1.weight, self.fc1.bias))
         return self.fc2(self.act(self.fc1(hidden_states)))
-
-
-def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Scale and shift by the conditioning; both broadcast over the patch axis."""
-    return hidden_states * (1 + scale) + shift
 
 
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning (Peebles & Xie 2022, section 3.2).
 
     Spatial and temporal blocks are the same class: `axis` says along which axis attention runs. The conditioning
-    broadcasts against the hidden states, so one vector serves all patches (and frames) of a sample.
+    broadcasts against the hidden states, so one vector serves all patches (and frames) of a sample. The norms have no
+    weights: adaLN gives them.
     """
+
+    kernels: tuple[str, ...] = ()
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -137,9 +165,13 @@ class Block(nn.Module):
         if position is not None:
             hidden_states = hidden_states + position
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(conditioning).chunk(6, dim=-1)
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_a, scale_a), axis)
-        hidden_states = hidden_states + gate_a * attended
-        return hidden_states + gate_m * self.mlp(modulate(self.norm2(hidden_states), shift_m, scale_m))
+        if "norm" in self.kernels:
+            norm, add_norm, add = fused_norm_modulate, fused_gate_residual_norm, fused_gate_residual
+        else:
+            norm, add_norm, add = norm_modulate, gate_residual_norm, gate_residual
+        attended = self.attn(norm(hidden_states, shift_a, scale_a, NORM_EPS), axis)
+        hidden_states, normed = add_norm(hidden_states, gate_a, attended, shift_m, scale_m, NORM_EPS)
+        return add(hidden_states, gate_m, self.mlp(normed))
 
 
 class SkipNorm(nn.LayerNorm):
@@ -166,12 +198,14 @@ class SkipLinear(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens [..., P, D] -> [..., P, patch * patch * out_channels]."""
 
+    kernels: tuple[str, ...] = ()
+
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(hidden_states), shift, scale))
+        norm = fused_norm_modulate if "norm" in self.kernels else norm_modulate
+        return self.linear(norm(hidden_states, shift, scale, NORM_EPS))
