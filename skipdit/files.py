@@ -1,6 +1,8 @@
 """Writing files so that a reader never sees half of one."""
 
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +11,10 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["check_writable", "written_whole"]
+__all__ = ["check_writable", "only_call", "remove_unfinished", "written_whole"]
+
+UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""What `written_whole` calls the folder that it writes in."""
 
 
 @contextmanager
@@ -69,3 +74,30 @@ def check_writable(folder: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"Cannot write to {folder} ({error.strerror}): choose another output folder.") from error
     return folder
+
+
+@contextmanager
+def only_call(command: str, folder: Path) -> Iterator[None]:
+    """Keep other calls out of a folder; the kernel drops the lock when this process dies.
+
+    Raises:
+        UserError: Another call holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another skipdit {command} is writing to {folder}: let it finish, or choose another output."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed calls of `written_whole` left in a folder and below; nobody may be writing there."""
+    for parent, inner, _ in os.walk(folder):
+        for name in [name for name in inner if UNFINISHED.fullmatch(name)]:
+            shutil.rmtree(Path(parent) / name, ignore_errors=True)
+            inner.remove(name)

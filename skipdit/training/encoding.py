@@ -1,12 +1,10 @@
 """`skipdit encode`: the latents of a data set, written once, so that training reads neither pictures nor videos."""
 
 import argparse
-import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from ..config import load_config
 from ..data import ClipDataset, ImageDataset
 from ..data.latents import FORMAT, INDEX, hash_weights, read_index, verify
 from ..errors import UserError
-from ..files import check_writable, written_whole
+from ..files import check_writable, only_call, remove_unfinished, written_whole
 from .build import load_vae
 from .config import DataConfig
 from .data import build_data
@@ -81,7 +79,7 @@ def encode_data(config: EncodeConfig) -> Path:
     accelerator = Accelerator()
     output = check_writable(Path(config.output))
     vae = load_vae(config.vae).to(accelerator.device)
-    with _alone(output) if accelerator.is_main_process else nullcontext():
+    with only_call("encode", output) if accelerator.is_main_process else nullcontext():
         with accelerator.main_process_first():
             dataset, class_names = build_data(config.data, output)
         data, dtype = config.data, DTYPES[config.dtype]
@@ -101,21 +99,6 @@ def encode_data(config: EncodeConfig) -> Path:
             _finish(output, about, [name for name, _ in shards], dataset)
         accelerator.wait_for_everyone()
     return output
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keep other calls out of the folder; the kernel drops the lock when this process dies."""
-    with (output / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"Another skipdit encode is writing to {output}: let it finish, or choose another output."
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        yield
 
 
 def _about(
@@ -173,9 +156,7 @@ def _check_room(output: Path, encoder: Encoder, shards: list[tuple[str, list[int
 
 def _begin(output: Path, about: dict[str, Any], incomplete: bool) -> None:
     """Remove what a killed call was writing, and note what the latents are; an index would promise too much."""
-    for pattern in (".latents-*", f".{INDEX}.*", f".{SETTINGS}.*"):
-        for holder in output.glob(pattern):
-            shutil.rmtree(holder, ignore_errors=True)
+    remove_unfinished(output)
     if incomplete:
         (output / INDEX).unlink(missing_ok=True)
     with written_whole(output / SETTINGS) as temporary:
