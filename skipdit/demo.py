@@ -114,7 +114,7 @@ def _compare(
 
     from .cache import SkipCacheConfig
     from .evaluation.comparison import compare_caches
-    from .generation import sample_generators
+    from .streaming import sample_generators
 
     labels = list(range(min(MOST_CLASSES, pipeline.transformer.config.num_classes)))
     pipeline.set_progress_bar_config(disable=True)

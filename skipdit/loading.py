@@ -66,6 +66,14 @@ class ModelSource:
         if image_size is not None and image_size % step:
             raise UserError(f"image_size={image_size} must be a multiple of {step} pixels.")
 
+    def shape(self, image_size: int | None, num_frames: int | None) -> tuple[int, ...]:
+        """Of one sample, [T, H, W, 3] or [H, W, 3], of that size or of the model's own."""
+        vae = self.folder / "vae" if self.folder is not None else Path(self.vae)
+        config = self.model.config
+        own = config.sample_size if not isinstance(config.sample_size, int) else (config.sample_size,) * 2
+        sides = [image_size or side * _vae_scale(vae) for side in own]
+        return (*([num_frames or config.num_frames] if self.is_video else []), *sides, 3)
+
     def load(self, device: torch.device, dtype: str = "fp32", sampler: str | None = None) -> SkipPipeline:
         """Read the weights.
 

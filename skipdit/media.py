@@ -5,10 +5,13 @@ written beside its place and renamed, so that a reader never sees half of one.
 """
 
 import math
+import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 import av
 import numpy as np
@@ -19,9 +22,11 @@ from .files import written_whole
 
 __all__ = [
     "add_captions",
+    "join_npz",
     "make_grid",
     "make_sheet",
     "npz_array",
+    "npz_shape",
     "to_uint8",
     "upscale",
     "write_frames",
@@ -83,7 +88,7 @@ def write_frames(folder: str | Path, frames: Pixels) -> None:
 
 
 @contextmanager
-def npz_array(path: str | Path, shape: Sequence[int]) -> Iterator[Pixels]:
+def npz_array(path: str | Path, shape: Sequence[int], labels: Sequence[int] | None = None) -> Iterator[Pixels]:
     """Give an array to fill; it becomes `arr_0` of an .npz, the form that the ADM evaluator reads.
 
     The array lies on disk, so that 50 000 samples need no memory.
@@ -91,11 +96,50 @@ def npz_array(path: str | Path, shape: Sequence[int]) -> Iterator[Pixels]:
     Args:
         path: Ends in .npz.
         shape: [N, H, W, 3] for pictures, [N, T, H, W, 3] for clips.
+        labels: Class of each sample, the array `labels` beside it; None: no such array.
     """
     with written_whole(path) as temporary:
         samples = np.lib.format.open_memmap(temporary.with_suffix(".npy"), "w+", np.uint8, tuple(shape))
         yield samples
-        np.savez(temporary, samples)
+        np.savez(temporary, samples, **({} if labels is None else {"labels": np.asarray(labels, np.int64)}))
+
+
+def npz_shape(path: str | Path) -> tuple[int, ...] | None:
+    """Shape of `arr_0` without reading it; None if there is no whole .npz of that name."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            return _read_shape(file)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def join_npz(
+    path: str | Path, parts: Sequence[Path], shape: Sequence[int], labels: Sequence[int] | None = None
+) -> None:
+    """Write the samples of several .npz files one after the other into one, a megabyte at a time.
+
+    Args:
+        path: Ends in .npz.
+        parts: Files that `npz_array` wrote.
+        shape: Of all together.
+        labels: Of all together.
+    """
+    with written_whole(path) as temporary, zipfile.ZipFile(temporary, "w") as whole:
+        with whole.open("arr_0.npy", "w", force_zip64=True) as target:
+            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
+            np.lib.format.write_array_header_1_0(target, header)
+            for part in parts:
+                with zipfile.ZipFile(part) as archive, archive.open("arr_0.npy") as source:
+                    _read_shape(source)  # now at the first sample
+                    shutil.copyfileobj(source, target, 2**20)
+        if labels is not None:
+            with whole.open("labels.npy", "w") as target:
+                np.lib.format.write_array(target, np.asarray(labels, np.int64))
+
+
+def _read_shape(file: IO[bytes]) -> tuple[int, ...]:
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)[0]
 
 
 def upscale(frames: Pixels, factor: int) -> Pixels:

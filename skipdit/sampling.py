@@ -1,9 +1,14 @@
 """`skipdit sample`: what can be set, and the command. The work is done in `generation`."""
 
 import argparse
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .config import describe, load_config
+from .errors import UserError
 from .sampling_config import SampleConfig
 
 __all__ = ["SampleConfig", "add_arguments", "run"]
@@ -18,8 +23,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sample, write the files, and say where they are and what it cost."""
-    config = load_config(SampleConfig, args.config, args.settings)
-    from .generation import generate  # imports torch, which takes seconds
+    with _told_once():
+        config = load_config(SampleConfig, args.config, args.settings)
+        from .planning import plan_samples  # imports torch, which takes seconds
 
-    print(generate(config).summary())
+        plan = plan_samples(config)
+    from .generation import carry_out
+
+    report = carry_out(plan)
+    if _is_first():
+        print(report.summary())
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the only process or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Let the first process alone tell a mistake that all of them meet; the launcher ends the others then."""
+    try:
+        yield
+    except UserError:
+        if not _is_first():
+            time.sleep(60)  # leaving at once could make the launcher end the first one before it has told
+            raise SystemExit(2) from None
+        raise

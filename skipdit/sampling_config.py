@@ -7,7 +7,8 @@ from .config import nearest, setting
 
 __all__ = ["SampleConfig"]
 
-FORMATS = ("mp4", "gif", "png", "frames", "npz")
+FORMATS = ("mp4", "gif", "png", "frames", "npz", "shards")
+LOSSLESS = ("png", "frames", "npz", "shards")
 
 
 @dataclass
@@ -23,7 +24,9 @@ class SampleConfig:
     num_frames: int | None = setting(None, "frames of a clip; null: the pipeline's own, 16 for a preset")
     classes: list[str] = setting(["all"], "indices or names, [3, Archery], or all")
     num_samples: int = setting(1, "samples of each class; in total for an unconditional model")
-    seed: int = setting(0, "sample i depends on (seed, i) alone, not on the batch size")
+    total: int | None = setting(None, "instead: so many samples in all, for evaluation; any number of processes")
+    labels: str = setting("uniform", "of total: uniform or random over classes, or as in a data folder or text file")
+    seed: int = setting(0, "noise of sample i depends on (seed, i) alone")
     steps: int = setting(50, "sampler steps")
     sampler: str | None = setting(None, "ddim, ddpm, dpm++ or unipc; null: the pipeline's, ddim for a preset")
     guidance_scale: float | None = setting(None, "1: no guidance; null: the pipeline's (7 video, 4 images)")
@@ -32,14 +35,16 @@ class SampleConfig:
     cache_shallow: int | None = setting(None, "units kept at each end; null: as published (1 pair, 4 blocks)")
     dtype: str = setting("fp32", "fp32, bf16 or fp16")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    batch_size: int = setting(8, "samples at once")
+    batch_size: int = setting(8, "samples at once; on the CPU always one by one")
     fps: float = setting(8.0, "frames per second of mp4 and gif")
-    format: list[str] = setting([], "of mp4, gif, png, frames, npz; []: mp4 for clips, png for pictures")
-    output: str = setting("outputs/samples", "folder; files of the same name are replaced")
+    format: list[str] = setting([], "of mp4, gif, png, frames, npz; of total: frames (png for pictures), npz, shards")
+    samples_per_shard: int = setting(64, "of total: samples in a file")
+    output: str = setting("outputs/samples", "folder; files of the same name are replaced, those of total continued")
 
     def __post_init__(self) -> None:
-        least = {"num_samples": 1, "steps": 1, "batch_size": 1, "seed": 0}
+        least = {"num_samples": 1, "steps": 1, "batch_size": 1, "seed": 0, "samples_per_shard": 1}
         optional = {
+            "total": 1,
             "image_size": 8,
             "num_frames": 1,
             "num_classes": 1,
@@ -60,5 +65,21 @@ class SampleConfig:
         for word in self.format:
             if word not in FORMATS:
                 raise ValueError(f"No format {word!r}: {nearest(word, FORMATS)}")
+        self._check_total()
         if not self.model:
             raise ValueError("No model to sample from: pass --config configs/digits/sample.yaml or model=<its folder>.")
+
+    def _check_total(self) -> None:
+        """Settings that contradict `total` or its absence."""
+        if self.total is None:
+            if self.labels != "uniform":
+                raise ValueError(
+                    f"labels={self.labels} goes with total=<number>; without it, num_samples= of classes=."
+                )
+            if "shards" in self.format:
+                raise ValueError("format=shards goes with total=<number>; without it, choose npz.")
+            return
+        if self.num_samples > 1:
+            raise ValueError(f"total={self.total} and num_samples={self.num_samples} are two counts: leave one out.")
+        if lossy := [word for word in self.format if word not in LOSSLESS]:
+            raise ValueError(f"format={lossy[0]} is for looking at: with total choose frames, npz or shards.")

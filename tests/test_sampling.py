@@ -14,10 +14,12 @@ from skipdit import SkipCacheConfig, make_scheduler
 from skipdit.cli import main
 from skipdit.config import load_config
 from skipdit.errors import UserError
-from skipdit.generation import generate, parse_cache, sample_generators
+from skipdit.generation import generate
 from skipdit.loading import choose_device, find_model, read_class_names, resolve_classes
 from skipdit.models.presets import PRESETS
+from skipdit.planning import parse_cache
 from skipdit.sampling import SampleConfig
+from skipdit.streaming import sample_generators
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("ucf101", "taichi", "sky", "ffs", "imagenet")
@@ -260,7 +262,7 @@ def test_mistakes_are_told_before_any_work(kind, changes, said, folders, tmp_pat
         ({"steps": 1001}, "steps=1001 must be 1000 or less"),
         ({"batch_size": 0}, "batch_size=0 must be 1 or more."),
         ({"fps": 0.0}, "fps=0 must be above 0"),
-        ({"format": ["avi"]}, "No format 'avi': choose from mp4, gif, png, frames, npz."),
+        ({"format": ["avi"]}, "No format 'avi': choose from mp4, gif, png, frames, npz, shards."),
         ({"format": ["pgn"]}, "No format 'pgn': did you mean 'png'?"),
         ({"model": ""}, "pass --config configs/digits/sample.yaml or model="),
     ],

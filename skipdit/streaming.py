@@ -1,0 +1,139 @@
+"""Samples as a stream of batches, each sample a function of the seed and its index."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .errors import UserError
+from .media import Pixels, to_uint8
+from .pipelines import SkipLattePipeline, SkipPipeline
+from .planning import plan_samples
+from .sampling_config import SampleConfig
+
+__all__ = ["iterate_samples", "sample_generators", "sample_indices"]
+
+Labels = Callable[[int], int | None]
+
+
+def iterate_samples(
+    config: SampleConfig, indices: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], list[int] | None, torch.Tensor]]:
+    """Samples for a consumer, without a file.
+
+    Args:
+        config: As for `skipdit sample`; `format` and `output` are not read.
+        indices: Which of them; None: all.
+
+    Yields:
+        Indices; their class labels, None for an unconditional model; pixels as from `sample_indices`.
+
+    Raises:
+        UserError: As `generate`, before any work.
+
+    Example:
+        >>> config = SampleConfig(model="pretrained/digits", total=2048)
+        >>> for indices, labels, clips in iterate_samples(config):  # clips: uint8 [B, T, H, W, 3]
+        ...     features.append(detector.features(clips))
+    """
+    plan = plan_samples(config)
+    wanted = range(plan.count) if indices is None else indices
+    for some, pixels in sample_indices(plan.load(), wanted, plan.label_of, config):
+        yield some, None if plan.labels is None else [plan.labels[index] for index in some], pixels
+
+
+def sample_indices(
+    pipeline: SkipPipeline,
+    indices: Sequence[int],
+    labels: Labels,
+    config: SampleConfig,
+    shows: bool = True,
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Sample what is asked for; a sample is the same bytes whatever else is asked for, and in how many processes.
+
+    The last bit of a float depends on the shape of the batch and on a sample's place in it. So with `total` sample i
+    is always at place i % batch_size of a batch of batch_size, places that are not wanted being filled. On the CPU,
+    where batches gain little, it is alone, and so does not depend on the batch size either.
+
+    Args:
+        pipeline: On its device, cache enabled or not.
+        indices: In rising order, as neighbours share a batch.
+        labels: Class of a sample by its index; None for an unconditional model.
+        config: `seed`, `steps`, `batch_size`, the guidance and the size are read.
+        shows: With a progress bar, if the terminal is one.
+
+    Yields:
+        Indices, at most batch_size at once; their pixels, uint8 [B, T, H, W, 3] for clips, [B, H, W, 3] for pictures,
+        on the CPU.
+
+    Raises:
+        UserError: Too little memory on the device, or samples that are not finite.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    bar_format = "{desc} {percentage:3.0f}% |{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
+    size = config.batch_size
+    with tqdm(total=len(indices), desc="Sampling", bar_format=bar_format, disable=None if shows else True) as bar:
+        for _, group in groupby(indices, lambda index: index // size):
+            some = list(group)
+            if pipeline.device.type == "cpu":
+                pixels = np.concatenate([_sample_batch(pipeline, [index], labels, config, bar, 1) for index in some])
+            elif config.total is None:
+                pixels = _sample_batch(pipeline, some, labels, config, bar, len(some))
+            else:
+                batch = dict.fromkeys(range(size), some[0]) | {index % size: index for index in some}
+                filled = _sample_batch(pipeline, list(batch.values()), labels, config, bar, len(some))
+                pixels = filled[[index % size for index in some]]
+            yield some, torch.from_numpy(pixels)
+
+
+def _sample_batch(
+    pipeline: SkipPipeline, batch: list[int], labels: Labels, config: SampleConfig, bar: tqdm, worth: int
+) -> Pixels:
+    """Samples that are computed at once; `worth` is how far they bring the bar."""
+
+    def advance(_pipeline, _step, _timestep, tensors):
+        bar.update(worth / config.steps)
+        return tensors
+
+    classes = [labels(index) for index in batch]
+    unconditional = classes[0] is None
+    try:
+        output = pipeline(
+            class_labels=None if unconditional else classes,
+            num_samples=len(batch) if unconditional else None,
+            num_inference_steps=config.steps,
+            generator=sample_generators(config.seed, batch),
+            output_type="np",
+            callback_on_step_end=advance,
+            **_wishes(pipeline, config),
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{pipeline.device} has too little memory: lower batch_size={config.batch_size} or pass dtype=bf16."
+        ) from error
+    values = output.get("frames", output.get("images"))
+    if not np.isfinite(values).all():
+        raise UserError("The samples are not finite numbers: lower guidance_scale, or pass dtype=fp32 or bf16.")
+    return to_uint8(values)
+
+
+def _wishes(pipeline: SkipPipeline, config: SampleConfig) -> dict[str, Any]:
+    """Arguments of the pipeline that the settings do not leave to it."""
+    wishes = {"guidance_scale": config.guidance_scale, "guidance_channels": config.guidance_channels}
+    wishes |= {"height": config.image_size, "width": config.image_size}
+    if isinstance(pipeline, SkipLattePipeline):
+        wishes["num_frames"] = config.num_frames
+    return {name: value for name, value in wishes.items() if value is not None}
+
+
+def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One generator a sample, on the CPU: a sample depends on (seed, index) only, on any device.
+
+    torch seeds its CPU generator with 32 bits, so the seed is hashed to a start from which indices count on:
+    no two samples of a run share their noise.
+    """
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return [torch.Generator().manual_seed((start + index) % 2**32) for index in indices]
