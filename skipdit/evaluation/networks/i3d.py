@@ -128,13 +128,20 @@ class I3D(nn.Module):
         Raises:
             ValueError: The shape is another.
         """
-        if clips.dim() != 5 or clips.shape[1] != 3 or clips.shape[3:] != (SIDE, SIDE) or clips.shape[2] < MINIMUM_FRAMES:
+        if (
+            clips.dim() != 5
+            or clips.shape[1] != 3
+            or clips.shape[3:] != (SIDE, SIDE)
+            or clips.shape[2] < MINIMUM_FRAMES
+        ):
             raise ValueError(f"I3D takes clips [B, 3, T >= {MINIMUM_FRAMES}, {SIDE}, {SIDE}], not {list(clips.shape)}.")
         return self.head(self.trunk(clips))
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Deep features [B, 1024, T / 8, 7, 7] -> logits [B, 400]: pool 2x7x7, classify each position, average."""
-        return self.Logits(F.avg_pool3d(x, (2, 7, 7), stride=1)).mean(dim=(2, 3, 4))
+        areas = x.mean(dim=(3, 4), keepdim=True)  # torch has no average pooling in bfloat16 on the CPU
+        pooled = (areas[:, :, 1:] + areas[:, :, :-1]) / 2
+        return self.Logits(pooled).mean(dim=(2, 3, 4))
 
 
 def _named(**modules: nn.Module) -> nn.Sequential:
