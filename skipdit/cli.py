@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "encode": ("skipdit.training.encoding", "write the latents of a data set ahead, for faster training"),
     "train-vae": ("skipdit.training.autoencoder", "train the small autoencoder of the digits pipeline"),
     "bench": ("skipdit.evaluation.bench", "measure full and reused steps and the speed-up by interval"),
+    "evaluate": ("skipdit.evaluation.evaluate", "FVD, FID and relatives of two sets of clips; fidelity of pairs"),
+    "compare": ("skipdit.evaluation.compare", "quality and time of cache settings, rival caches and fewer steps"),
     "evaluate-digits": ("skipdit.evaluation.digits_report", "let a classifier read generated digits, by cache setting"),
     "download": ("skipdit.registry.command", "fetch and verify published checkpoints"),
     "convert": ("skipdit.convert", "turn published weights into a diffusers folder and back"),

@@ -86,21 +86,28 @@ def _renamed(values: Any, rename: Callable[[str], str]) -> Any:
 
 
 def setting(default: Any, text: str) -> Any:
-    """A dataclass field with a default (a list is copied for each instance) and a line for `describe`."""
+    """A dataclass field with a default (lists and mappings are copied for each instance) and a line for `describe`."""
     metadata = {"help": text}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def describe(schema: type) -> str:
     """Settings with their defaults and lines of help, for the end of a command's --help."""
+    return "settings (key=value, with their defaults):\n" + "\n".join(_lines(schema))
+
+
+def _lines(schema: type, prefix: str = "") -> list[str]:
     lines = []
     for field in dataclasses.fields(schema):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        if dataclasses.is_dataclass(default):
+            lines += _lines(type(default), f"{prefix}{field.name}.")
+            continue
         shown = "null" if default is None else str(default).replace("'", "")
-        lines.append(f"  {f'{field.name}={shown}':<26} {field.metadata.get('help', '')}".rstrip())
-    return "settings (key=value, with their defaults):\n" + "\n".join(lines)
+        lines.append(f"  {f'{prefix}{field.name}={shown}':<26} {field.metadata.get('help', '')}".rstrip())
+    return lines
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:

@@ -1,21 +1,16 @@
 """What `skipdit bench` found: as figures for programs, as tables for people and as a plot."""
 
 import json
-import os
-import platform
 from dataclasses import asdict
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import __version__
 from ..files import written_whole
 from ..operations import speedup_bound
 from .bench_measure import ModeResult, Timing
 from .bench_plan import BenchPlan
+from .machine import hardware, software
 
 __all__ = ["AIM", "make_report", "to_markdown", "write_report"]
 
@@ -53,8 +48,8 @@ def make_report(plan: BenchPlan, results: dict[str, ModeResult], command: str) -
     return {
         "command": command,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "hardware": _hardware(plan.device),
-        "software": _software(),
+        "hardware": hardware(plan.device),
+        "software": software(),
         "setting": {
             "model": plan.name,
             "config": dict(plan.settings),
@@ -92,34 +87,6 @@ def _mode(result: ModeResult, share: float) -> dict[str, Any]:
             {"interval": interval, "seconds": asdict(timing), "speedup": uncached / timing.median}
             for interval, timing in result.sampling.items()
         ],
-    }
-
-
-def _hardware(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    hardware = {"device": name, "cores": usable, "threads": torch.get_num_threads()}
-    if hasattr(os, "getloadavg"):
-        hardware["load"] = os.getloadavg()[0]  # of the last minute, this run included
-    return hardware
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _software() -> dict[str, str | None]:
-    return {
-        "skipdit": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "diffusers": version("diffusers"),
     }
 
 

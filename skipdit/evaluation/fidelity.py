@@ -1,9 +1,11 @@
-"""How close clips sampled with Skip-Cache stay to the same clips sampled without it: PSNR and SSIM."""
+"""How close clips stay to others made from the same noise: PSNR, SSIM, LPIPS; and how steady they are in time."""
 
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-__all__ = ["psnr", "ssim"]
+from ..errors import UserError
+
+__all__ = ["fidelity", "lpips", "psnr", "ssim", "temporal_consistency"]
 
 
 def psnr(clips: torch.Tensor, references: torch.Tensor, data_range: float = 1.0) -> torch.Tensor:
@@ -46,6 +48,72 @@ def ssim(clips: torch.Tensor, references: torch.Tensor, data_range: float = 1.0)
     pair = (x.double().reshape(-1, *x.shape[-3:]) for x in (clips, references))
     per_frame = structural_similarity_index_measure(*pair, sigma=1.5, reduction="none", data_range=data_range)
     return per_frame.reshape(batch, -1).mean(dim=1).float()
+
+
+def temporal_consistency(clips: torch.Tensor, data_range: float = 1.0) -> torch.Tensor:
+    """SSIM of each frame with the next, averaged over each clip: 1 for a still, low for flicker.
+
+    Args:
+        clips: [B, T, C, H, W], T at least 2.
+        data_range: As for `ssim`.
+
+    Raises:
+        ValueError: Clips of one frame.
+    """
+    if clips.dim() != 5 or clips.shape[1] < 2:
+        raise ValueError(f"Clips {list(clips.shape)} have no two frames.")
+    return ssim(clips[:, 1:], clips[:, :-1], data_range)
+
+
+def lpips(clips: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Learned perceptual distance (Zhang et al. 2018, AlexNet), averaged over each clip's frames.
+
+    Args:
+        clips: [B, T, 3, H, W] or [B, 3, H, W] in [0, 1].
+        references: The same shape.
+
+    Returns:
+        [B], 0 for equal clips.
+
+    Raises:
+        UserError: torchvision, which brings the network, or its weights are not there.
+        ValueError: The shapes differ.
+    """
+    _check_pair(clips, references)
+    try:
+        from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
+
+        pairs = [x.reshape(-1, *x.shape[-3:]).float() for x in (clips, references)]
+        values = [distance(a[None], b[None], net_type="alex", normalize=True) for a, b in zip(*pairs, strict=True)]
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"lpips needs torchvision and its AlexNet weights ({error}): pip install torchvision, or leave lpips out."
+        ) from error
+    return torch.stack(values).reshape(len(clips), -1).mean(dim=1)
+
+
+def fidelity(clips: torch.Tensor, references: torch.Tensor, metrics: list[str]) -> dict[str, torch.Tensor]:
+    """Metrics of pairs by name ("psnr", "ssim", "temporal", "lpips"); "temporal_real" is that of the references.
+
+    Args:
+        clips: [B, T, 3, H, W] in [0, 1].
+        references: The same shape.
+        metrics: Names; others are left out.
+
+    Returns:
+        Name -> [B].
+    """
+    values: dict[str, torch.Tensor] = {}
+    if "psnr" in metrics:
+        values["psnr"] = psnr(clips, references)
+    if "ssim" in metrics:
+        values["ssim"] = ssim(clips, references)
+    if "lpips" in metrics:
+        values["lpips"] = lpips(clips, references)
+    if "temporal" in metrics:
+        values["temporal"] = temporal_consistency(clips)
+        values["temporal_real"] = temporal_consistency(references)
+    return values
 
 
 def _check_pair(clips: torch.Tensor, references: torch.Tensor) -> None:

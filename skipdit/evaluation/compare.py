@@ -1,0 +1,230 @@
+"""`skipdit compare`: cache settings, rival caches and fewer steps on the same noise: time, operations, quality."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import describe, load_config, save_config
+from ..errors import UserError
+from ..files import check_writable
+from .compare_config import CompareConfig
+from .evaluate_config import EvaluateConfig, SideConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pipelines import SkipPipeline
+    from .compare_measure import Contender
+    from .statistics import FeatureStatistics
+
+__all__ = ["CompareConfig", "add_arguments", "compare", "run"]
+
+PAIRS = ("psnr", "ssim")
+CALIBRATION_SEED = 1_000_003  # other noise than what is compared
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = describe(CompareConfig)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print the table, and say where it is."""
+    from .compare_report import to_markdown, write_report
+
+    config = load_config(CompareConfig, args.config, args.settings)
+    folder = check_writable(config.output)
+    report = compare(config)
+    files = write_report(report, folder)
+    save_config(config, folder / "settings.yaml")
+    print(f"{to_markdown(report)}\n{folder.resolve()}: {', '.join(files)}, settings.yaml")
+    return 0
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Sample all clips under each setting and compare.
+
+    Returns:
+        "rows": one a setting, in plain values (and "shown", its first clips); "notes"; "about".
+
+    Raises:
+        UserError: Something is missing or does not fit, before any clip is sampled.
+    """
+    from tqdm import tqdm
+
+    from .compare_measure import measure
+
+    pipelines = {"skip": _load(config.model, config, with_skips=True)}
+    if config.twin is not None:
+        pipelines["vanilla"] = _load(config.twin, config, with_skips=False)
+        _check_twins(pipelines)
+    sample, decode = _sampling(config, pipelines)
+    detector, real = _real_side(config, pipelines["skip"])
+    contenders, notes = _contenders(config, pipelines, sample)
+    batches = [
+        list(range(first, min(first + config.batch_size, config.clips)))
+        for first in range(0, config.clips, config.batch_size)
+    ]
+    flops, rates = _pilot(contenders, sample, batches[0])
+    if config.equal_time:
+        contenders = contenders + _fewer_steps(contenders, rates)
+        flops += [_flops(contender, sample) for contender in contenders[len(flops) :]]
+    metrics = [*PAIRS, *(["lpips"] if config.lpips else [])]
+    with tqdm(total=len(contenders) * len(batches), desc="Comparing", disable=None) as bar:
+        found = measure(contenders, sample, decode, batches, detector, metrics, lambda *_: bar.update())
+    for measured, count in zip(found, flops, strict=True):
+        measured.flops = count
+    from .compare_report import make_report
+
+    return make_report(config, contenders, found, real, notes, pipelines)
+
+
+def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline":
+    from ..loading import choose_device, find_model
+    from ..sampling_config import SampleConfig
+
+    source = find_model(SampleConfig(model=folder))
+    if not source.is_video:
+        raise UserError(f"{folder} makes pictures: the comparison is of clips.")
+    if bool(source.model.config.skip) != with_skips:
+        wanted = (
+            "model= needs a pipeline with long skips" if with_skips else "twin= needs a pipeline without long skips"
+        )
+        raise UserError(f"{folder} is {'vanilla' if with_skips else 'one with long skips'}: {wanted}.")
+    pipeline = source.load(choose_device(config.device), config.dtype, config.sampler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _check_twins(pipelines: dict[str, "SkipPipeline"]) -> None:
+    one, other = (dict(pipeline.transformer.config) for pipeline in pipelines.values())
+    for key in ("sample_size", "num_frames", "num_classes", "in_channels", "hidden_size", "depth", "patch_size"):
+        if one[key] != other[key]:
+            raise UserError(f"twin= is no twin of model=: {key} is {other[key]} there and {one[key]} here.")
+
+
+def _sampling(config: CompareConfig, pipelines: dict[str, "SkipPipeline"]) -> tuple[Any, Any]:
+    """The two functions that `measure` needs."""
+    import torch
+
+    from ..streaming import sample_generators
+    from .sides import to_bytes
+
+    num_classes = pipelines["skip"].transformer.config.num_classes
+    wishes = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+
+    def sample(pipeline: "SkipPipeline", steps: int, indices: Sequence[int], seed: int = config.seed) -> "torch.Tensor":
+        labels = None if num_classes is None else [index % num_classes for index in indices]
+        return pipeline(
+            class_labels=labels,
+            num_samples=len(indices) if labels is None else None,
+            num_inference_steps=steps,
+            generator=sample_generators(seed, indices),
+            output_type="latent",
+            **wishes,
+        ).frames
+
+    def decode(pipeline: "SkipPipeline", latents: "torch.Tensor") -> "torch.Tensor":
+        clips = [pipeline._decode(one.transpose(0, 1), config.batch_size) for one in latents]
+        return torch.stack([to_bytes(clip) for clip in clips])
+
+    return sample, decode
+
+
+def _real_side(config: CompareConfig, pipeline: "SkipPipeline") -> tuple[Any, "FeatureStatistics | None"]:
+    """The detector and the statistics of the real clips, or None and None."""
+    if not config.real.path:
+        return None, None
+    from .gathering import Gathering, gather_cached
+    from .networks.detectors import load_detector
+    from .opening import open_side
+
+    cfg = pipeline.transformer.config
+    detector = load_detector("i3d", config.i3d, pipeline.device)
+    sides = cfg.sample_size if not isinstance(cfg.sample_size, int) else (cfg.sample_size,) * 2
+    size = tuple(side * pipeline.vae_scale_factor for side in sides)
+    settings = EvaluateConfig(
+        real=config.real,
+        generated=SideConfig(path=config.model),
+        clips=config.real_clips,
+        seed=config.seed,
+        cache_dir=config.cache_dir,
+    )
+    side = open_side(config.real, settings, num_frames=cfg.num_frames, size=size)
+    how = Gathering([detector], batch_size=config.batch_size, max_bad_share=config.real.max_bad_share)
+    return detector, gather_cached(side, how, "real clips", Path(config.cache_dir), print)["i3d"]
+
+
+def _contenders(config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sample: Any) -> tuple[list, list[str]]:
+    """All settings but the fewer steps, and notes on those that cannot be had."""
+    from ..cache import SkipCacheConfig
+    from .compare_measure import Contender, attached
+    from .peers import parse_peer, peer_config
+
+    contenders, notes = [], []
+    model = pipelines["skip"]
+    contenders.append(Contender("no cache", "no cache", "skip", model, config.steps))
+    for word in config.caches:
+        try:
+            cache = SkipCacheConfig.parse(word)
+        except ValueError as error:
+            raise UserError(f"caches: {error}") from error
+        contenders.append(Contender(f"Skip-Cache {cache}", "Skip-Cache", "skip", model, config.steps, cache))
+    if "vanilla" not in pipelines:
+        return contenders, notes
+    for word in config.peers:
+        parse_peer(word)
+    twin = pipelines["vanilla"]
+    contenders.append(Contender("vanilla, no cache", "no cache", "vanilla", twin, config.steps))
+    for word in config.peers:
+        name, _ = parse_peer(word)
+        cache = peer_config(word, twin, config.steps, lambda steps: sample(twin, steps, [0, 1], CALIBRATION_SEED))
+        contender = Contender(word, name, "vanilla", twin, config.steps, cache)
+        try:
+            with attached(contender):
+                pass
+        except ValueError as error:
+            notes.append(f"{word} cannot be attached: {error}")
+            continue
+        contenders.append(contender)
+    return contenders, notes
+
+
+def _flops(contender: "Contender", sample: Any) -> float:
+    from .compare_measure import count_flops
+
+    return count_flops(contender, sample)
+
+
+def _pilot(contenders: list["Contender"], sample: Any, batch: list[int]) -> tuple[list[float], list[float]]:
+    """Operations of each contender, and its seconds for one batch after a first call that warms up."""
+    import time
+
+    from .compare_measure import attached
+
+    flops = [_flops(contender, sample) for contender in contenders]
+    seconds = []
+    for contender in contenders:
+        with attached(contender):
+            sample(contender.pipeline, min(2, contender.steps), batch)
+            began = time.perf_counter()
+            sample(contender.pipeline, contender.steps, batch).cpu()
+            seconds.append(time.perf_counter() - began)
+    return flops, seconds
+
+
+def _fewer_steps(contenders: list["Contender"], seconds: list[float]) -> list["Contender"]:
+    """For each cache, its network without one, with the steps that take as long by the pilot's times."""
+    whole = {c.network: (c, time) for c, time in zip(contenders, seconds, strict=True) if c.cache is None}
+    fewer: dict[tuple[str, int], Any] = {}
+    for contender, time in zip(contenders, seconds, strict=True):
+        plain, base = whole[contender.network]
+        steps = max(1, round(plain.steps * time / base))
+        if contender.cache is not None and steps < plain.steps:
+            name = f"{'' if plain.network == 'skip' else 'vanilla, '}{steps} steps"
+            fewer[plain.network, steps] = replace(plain, name=name, family="fewer steps", steps=steps)
+    return [fewer[key] for key in sorted(fewer, key=lambda key: (key[0], -key[1]))]

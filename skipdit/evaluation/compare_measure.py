@@ -1,0 +1,153 @@
+"""Settings that sample the same clips, timed in turns, with what each costs and what becomes of the clips."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..pipelines import SkipPipeline
+from .fidelity import fidelity
+from .networks.detectors import Detector
+from .statistics import FeatureStatistics
+
+__all__ = ["Contender", "Measured", "attached", "count_flops", "measure"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to sample.
+
+    Attributes:
+        name: For people, such as "Skip-Cache N2-900-50".
+        family: What it is a setting of: "no cache", "Skip-Cache", "fewer steps" or a rival's name.
+        network: "skip" or "vanilla".
+        pipeline: Of that network.
+        steps: Sampler steps.
+        cache: Config for `enable_cache`, or None.
+    """
+
+    name: str
+    family: str
+    network: str
+    pipeline: SkipPipeline
+    steps: int
+    cache: Any = None
+
+
+@dataclass
+class Measured:
+    """What came of a contender.
+
+    Attributes:
+        seconds: Of all its calls, decoding left out.
+        clips: How many.
+        flops: Floating-point operations of the network for one clip, counted while it ran.
+        pairs: Metric -> value of each clip against the same network without cache; empty for that one itself.
+        statistics: Of the features of its clips, if there is a detector.
+        shown: Its first clips, uint8 [n, T, H, W, 3].
+    """
+
+    seconds: float = 0.0
+    clips: int = 0
+    flops: float = 0.0
+    pairs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    statistics: FeatureStatistics | None = None
+    shown: torch.Tensor | None = None
+
+    def mean(self, metric: str) -> float | None:
+        """Over the clips; None if it was not measured."""
+        return torch.cat(self.pairs[metric]).double().mean().item() if metric in self.pairs else None
+
+
+@contextmanager
+def attached(contender: Contender) -> Iterator[None]:
+    """With the contender's cache on its network, and off again after."""
+    network = contender.pipeline.transformer
+    if contender.cache is None:
+        yield
+        return
+    network.enable_cache(contender.cache)
+    try:
+        yield
+    finally:
+        network._reset_stateful_cache()
+        network.disable_cache()
+
+
+Sample = Callable[[SkipPipeline, int, Sequence[int]], torch.Tensor]
+"""(pipeline, steps, indices) -> latents of those samples, from the noise that belongs to them."""
+
+
+def count_flops(contender: Contender, sample: Sample) -> float:
+    """Operations of the network for one clip, counted over a whole trajectory as it really runs.
+
+    What `torch.utils.flop_counter` counts: matrix products and convolutions, attention included.
+    """
+    with attached(contender), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sample(contender.pipeline, contender.steps, [0])
+    return float(counter.get_total_flops())
+
+
+def measure(
+    contenders: Sequence[Contender],
+    sample: Sample,
+    decode: Callable[[SkipPipeline, torch.Tensor], torch.Tensor],
+    batches: Sequence[Sequence[int]],
+    detector: Detector | None,
+    metrics: Sequence[str],
+    on_done: Callable[[str, float], None] = lambda name, seconds: None,
+) -> list[Measured]:
+    """Every contender samples every batch, in turns, so that a slow minute of the machine hits all of them alike.
+
+    Args:
+        contenders: The first of each network has no cache and is what the others of that network are compared with.
+        sample: Timed.
+        decode: Latents -> uint8 [n, T, H, W, 3]; not timed.
+        batches: Indices of the clips.
+        detector: For the distance to real clips; None: not asked for.
+        metrics: Of pairs, as `fidelity` knows them.
+        on_done: Told a contender's name and its seconds for a batch.
+    """
+    found = [Measured() for _ in contenders]
+    if detector is not None:
+        for measured in found:
+            measured.statistics = FeatureStatistics.empty(detector.dim)
+    for indices in batches:
+        references: dict[str, torch.Tensor] = {}
+        for contender, measured in zip(contenders, found, strict=True):
+            with attached(contender):
+                latents, seconds = _timed(contender, sample, indices)
+            on_done(contender.name, seconds)
+            clips = decode(contender.pipeline, latents)
+            values = clips.permute(0, 1, 4, 2, 3).float() / 255
+            measured.seconds += seconds
+            measured.clips += len(clips)
+            if contender.network in references:
+                for name, value in fidelity(values, references[contender.network], list(metrics)).items():
+                    measured.pairs.setdefault(name, []).append(value)
+            else:
+                references[contender.network] = values
+            if detector is not None:
+                measured.statistics.update(detector.features(clips))
+            if measured.shown is None:
+                measured.shown = clips
+    return found
+
+
+def _timed(contender: Contender, sample: Sample, indices: Sequence[int]) -> tuple[torch.Tensor, float]:
+    device = contender.pipeline.device
+    _finish(device)
+    began = time.perf_counter()
+    latents = sample(contender.pipeline, contender.steps, indices)
+    _finish(device)
+    return latents, time.perf_counter() - began
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,125 @@
+"""Features of a side: its clips pass the networks once, and what is gathered of a real side is kept on disk."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..errors import UserError
+from .identity import fingerprint
+from .networks.detectors import Detector
+from .sides import Side
+from .statistics import KEPT, FeatureStatistics, load_statistics, save_statistics
+
+__all__ = ["Gathering", "gather", "gather_cached", "pick_frames"]
+
+VERSION = 1  # of what is stored
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """How features are made.
+
+    Attributes:
+        detectors: Networks; "i3d" sees whole clips, "inception" single frames.
+        frames_per_clip: Evenly spaced frames of each clip that "inception" sees.
+        batch_size: Clips at once.
+        num_workers: Processes that decode while the networks compute.
+        max_bad_share: Of unreadable clips.
+    """
+
+    detectors: Sequence[Detector]
+    frames_per_clip: int = 4
+    batch_size: int = 8
+    num_workers: int = 0
+    max_bad_share: float = 0.05
+
+
+def pick_frames(clips: torch.Tensor, count: int) -> torch.Tensor:
+    """Evenly spaced frames of clips [n, T, H, W, 3] -> [n * min(count, T), H, W, 3]."""
+    frames = clips.shape[1]
+    places = torch.linspace(0, frames - 1, min(count, frames)).round().long()
+    return clips[:, places].flatten(0, 1)
+
+
+def gather(side: Side, how: Gathering, title: str) -> dict[str, FeatureStatistics]:
+    """Statistics of a side by network, in one pass over its clips; memory does not grow with their number.
+
+    Raises:
+        UserError: Too many clips cannot be read, or a feature is not a finite number.
+    """
+    parts = {detector.name: _Gatherer(detector) for detector in how.detectors}
+    with tqdm(total=len(side), desc=title, unit="clip", disable=None) as bar:
+        for clips in side.batches(how.batch_size, how.num_workers):
+            for name, part in parts.items():
+                part.take(clips if name == "i3d" else pick_frames(clips, how.frames_per_clip))
+            bar.update(len(clips))
+    check_skipped(side, how.max_bad_share, title)
+    return {name: part.statistics for name, part in parts.items()}
+
+
+class _Gatherer:
+    def __init__(self, detector: Detector):
+        self.detector, self.statistics = detector, FeatureStatistics.empty(detector.dim)
+
+    def take(self, batch: torch.Tensor) -> None:
+        self.statistics.update(self.detector.features(batch))
+
+
+def check_skipped(side: Side, max_bad_share: float, title: str) -> None:
+    """Raise UserError if more than a share of a side's clips could not be read, or none is left."""
+    bad, known = len(side.skipped), len(side.skipped) + len(side)
+    if bad and (bad > max_bad_share * known or bad >= known):
+        named = "; ".join(f"{name} ({reason})" for name, reason in side.skipped[:5])
+        raise UserError(
+            f"{title}: {bad} of {known} clips cannot be read, more than max_bad_share={max_bad_share:g} allows: "
+            f"{named}{' ...' if bad > 5 else ''}"
+        )
+
+
+def gather_cached(side: Side, how: Gathering, title: str, folder: Path, say: Callable[[str], None]) -> dict:
+    """`gather`, or what an earlier run gathered of the same clips in the same way.
+
+    Args:
+        folder: For the files; a file's name is the fingerprint of all that the features depend on.
+        say: Told whether they were found.
+    """
+    if side.identity is None:
+        return gather(side, how, title)
+    about: dict[str, Any] = {
+        "version": VERSION,
+        "settings": side.settings,
+        "clips": side.identity,
+        "networks": {detector.name: detector.fingerprint for detector in how.detectors},
+        "frames_per_clip": how.frames_per_clip,
+        "kept": KEPT,
+    }
+    path = Path(folder) / f"{fingerprint(about)[:32]}.safetensors"
+    if path.is_file():
+        parts, stored = load_statistics(path)
+        if stored["about"] != about:
+            raise UserError(f"{path} is of other clips than its name says: delete it and run again.")
+        side.skipped += [tuple(item) for item in stored["skipped"] if tuple(item) not in side.skipped]
+        say(f"{title}: statistics of an earlier run ({path})")
+        return parts
+    parts = gather(side, how, title)
+    save_statistics(path, parts, {"about": about, "skipped": [list(item) for item in side.skipped]})
+    return parts
+
+
+def paired_batches(real: Side, generated: Side, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Clips of both sides side by side, uint8 [n, T, H, W, 3] each.
+
+    Raises:
+        UserError: One side has more clips than the other, or one of them cannot be read.
+    """
+    if len(real) != len(generated):
+        raise UserError(f"{len(real)} and {len(generated)} clips: metrics of pairs need as many on both sides.")
+    for pair in zip(real.batches(batch_size, 0), generated.batches(batch_size, 0), strict=True):
+        for side in (real, generated):
+            if side.skipped:
+                raise UserError(f"{side.skipped[-1][0]} cannot be read ({side.skipped[-1][1]}): its pair is missing.")
+        yield pair
