@@ -3,10 +3,11 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -48,22 +49,23 @@ def collect(plan: SamplePlan) -> SampleReport:
         if state.is_main_process:
             collection.check()
         left = collection.missing_parts()
-        made = sum(len(part) for part in left)
         state.wait_for_everyone()  # so that all see the same parts missing
-        if state.is_main_process:
-            collection.begin()
-        state.wait_for_everyone()
         mine = split_evenly(left, state.process_index, state.num_processes)
         pipeline = plan.load() if mine else None
-        began = time.perf_counter()
-        if pipeline is not None:
-            _write(collection, pipeline, mine, shows=state.is_main_process)
-        state.wait_for_everyone()
-        seconds = time.perf_counter() - began
-        if state.is_main_process:
-            collection.finish()
-            save_config(plan.config, folder / "settings.yaml")
-        state.wait_for_everyone()
+        with _failing_clearly(folder):
+            if state.is_main_process:
+                collection.begin(incomplete=bool(left))
+            state.wait_for_everyone()
+            began = time.perf_counter()
+            if pipeline is not None:
+                _write(collection, pipeline, mine, shows=state.is_main_process)
+            state.wait_for_everyone()
+            seconds = time.perf_counter() - began
+            if state.is_main_process:
+                collection.finish()
+                save_config(plan.config, folder / "settings.yaml")
+            state.wait_for_everyone()
+    made = sum(map(len, left))
     return report(plan, pipeline, folder, collection.files(), seconds, made)
 
 
@@ -100,18 +102,23 @@ def _write(collection: Collection, pipeline: SkipPipeline, parts: Sequence[Seque
     plan = collection.plan
     wanted = [index for part in parts for index in part]
     samples = _one_by_one(pipeline, wanted, plan, shows)
+    for part in parts:
+        with ExitStack() as stack:
+            array = collection.open_shard(part, stack)
+            for place, (index, sample) in enumerate(islice(samples, len(part))):
+                if array is not None:
+                    array[place] = sample
+                collection.write_files(index, sample)
+
+
+@contextmanager
+def _failing_clearly(folder: Path) -> Iterator[None]:
     try:
-        for part in parts:
-            with ExitStack() as stack:
-                array = collection.open_shard(part, stack)
-                for place, (index, sample) in enumerate(islice(samples, len(part))):
-                    if array is not None:
-                        array[place] = sample
-                    collection.write_files(index, sample)
+        yield
     except OSError as error:
         raise UserError(
-            f"{collection.folder} takes no more files ({error.strerror or error}): finished ones are kept; make room, "
-            "then run the same command again."
+            f"{folder} takes no more files ({error.strerror or error}): finished ones are kept; make room, then run "
+            "the same command again."
         ) from error
 
 

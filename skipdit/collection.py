@@ -19,7 +19,10 @@ from .planning import SamplePlan
 __all__ = ["MANIFEST", "Collection"]
 
 MANIFEST, WHOLE, SHARDS, FRAMES, PICTURES = "samples.json", "samples.npz", "shards", "frames", "pictures"
-FREE = ("output", "format", "device", "fps", "model", "checkpoint", "vae", "class_names", "classes", "labels")
+FREE = (
+    *("num_samples", "output", "format", "device", "fps"),
+    *("model", "checkpoint", "vae", "class_names", "classes", "labels"),
+)
 """Settings that do not alter a sample, or that another entry of the manifest stands for."""
 FORMAT = 1
 
@@ -157,13 +160,14 @@ class Collection:
 
     # ------------------------------------------------------------------ writing
 
-    def begin(self) -> None:
-        """Remove what killed calls left half-written, and note what the samples are."""
-        for name in (SHARDS, FRAMES, PICTURES):
+    def begin(self, incomplete: bool) -> None:
+        """Remove what killed calls left half-written, and note what the samples are, and if some are missing."""
+        for name in (SHARDS, FRAMES, PICTURES):  # nothing else in that folder is ours to remove
             remove_unfinished(self.folder / name)
         for holder in self.folder.glob(f".{Path(WHOLE).stem}.*"):
             shutil.rmtree(holder, ignore_errors=True)
-        self._write_manifest(complete=False)
+        if incomplete:
+            self._write_manifest(complete=False)
 
     def open_shard(self, part: Sequence[int], stack: ExitStack) -> Pixels | None:
         """The array of a missing shard, to be filled; None if only other files of the part are missing."""
@@ -203,13 +207,21 @@ class Collection:
 
 
 def _hash_model(plan: SamplePlan) -> str:
-    """SHA-256 of all files that the model is read from; an autoencoder of a hub stands by its name."""
+    """SHA-256 of all that the model is read from; an autoencoder of a hub stands by its name."""
     source = plan.source
     if source.folder is not None:
         files = [path for part in ("transformer", "vae", "scheduler") for path in (source.folder / part).glob("*")]
+        digest = hashlib.sha256()
     else:
         files = [source.checkpoint, *Path(source.vae).glob("*")]
-    digest = hashlib.sha256(json.dumps([plan.config.model if source.folder is None else "", source.vae]).encode())
+        digest = hashlib.sha256(json.dumps([plan.config.model, source.vae]).encode())
     for path in sorted(path for path in files if path.is_file()):
-        digest.update(f"{path.name} {hash_file(path)}\n".encode())
+        digest.update(f"{path.name} {_hash_settings(path) if path.suffix == '.json' else hash_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _hash_settings(path: Path) -> str:
+    """SHA-256 of a configuration without what diffusers notes of versions and places."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in settings.items() if not name.startswith("_") or name == "_class_name"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -4,6 +4,7 @@ import os
 import time
 
 from .collecting import collect
+from .collection import MANIFEST
 from .config import save_config
 from .errors import UserError
 from .files import check_writable
@@ -36,6 +37,8 @@ def _exhibit(plan: SamplePlan) -> SampleReport:
         raise UserError("Several processes share samples by their number: pass total=<number>, or start one process.")
     config = plan.config
     folder = check_writable(config.output)
+    if (folder / MANIFEST).exists():
+        raise UserError(f"{folder} holds a set of samples (total=...), which this would mix up: choose another output.")
     pipeline = plan.load()
     captions = [plan.caption(index) for index in range(plan.count)]
     began, writing = time.perf_counter(), 0.0

@@ -14,7 +14,7 @@ from .loading import ModelSource, resolve_classes
 __all__ = ["apportion", "count_labels", "draw_labels", "plan_labels", "spread"]
 
 NEEDED = "a class, or a class and a count, is needed in each line."
-COUNTED = re.compile(r"(.*\S)[\s,]+(\d+)")
+COUNTED = re.compile(r"(.*[^\s,])[\s,]+(\d+)")
 
 
 def plan_labels(

@@ -73,9 +73,7 @@ class SampleConfig:
         """Settings that contradict `total` or its absence."""
         if self.total is None:
             if self.labels != "uniform":
-                raise ValueError(
-                    f"labels={self.labels} goes with total=<number>; without it, num_samples= of classes=."
-                )
+                raise ValueError(f"labels={self.labels} goes with total=<number>; leave it out otherwise.")
             if "shards" in self.format:
                 raise ValueError("format=shards goes with total=<number>; without it, choose npz.")
             return

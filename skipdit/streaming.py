@@ -14,7 +14,7 @@ from .pipelines import SkipLattePipeline, SkipPipeline
 from .planning import plan_samples
 from .sampling_config import SampleConfig
 
-__all__ = ["iterate_samples", "sample_generators", "sample_indices"]
+__all__ = ["iterate_samples", "plan_batches", "sample_generators", "sample_indices"]
 
 Labels = Callable[[int], int | None]
 
@@ -74,23 +74,41 @@ def sample_indices(
     """
     pipeline.set_progress_bar_config(disable=True)
     bar_format = "{desc} {percentage:3.0f}% |{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
-    size = config.batch_size
     with tqdm(total=len(indices), desc="Sampling", bar_format=bar_format, disable=None if shows else True) as bar:
-        for _, group in groupby(indices, lambda index: index // size):
-            some = list(group)
-            if pipeline.device.type == "cpu":
-                pixels = np.concatenate([_sample_batch(pipeline, [index], labels, config, bar, 1) for index in some])
-            elif config.total is None:
-                pixels = _sample_batch(pipeline, some, labels, config, bar, len(some))
-            else:
-                batch = dict.fromkeys(range(size), some[0]) | {index % size: index for index in some}
-                filled = _sample_batch(pipeline, list(batch.values()), labels, config, bar, len(some))
-                pixels = filled[[index % size for index in some]]
-            yield some, torch.from_numpy(pixels)
+        for some, batches, places in plan_batches(indices, config, computes_alone(pipeline)):
+            worth = len(some) / len(batches)
+            pixels = [_sample_batch(pipeline, batch, labels, config, bar, worth) for batch in batches]
+            yield some, torch.from_numpy(np.concatenate(pixels)[places])
+
+
+def computes_alone(pipeline: SkipPipeline) -> bool:
+    """Whether each sample is a batch of its own."""
+    return pipeline.device.type == "cpu"
+
+
+def plan_batches(
+    indices: Sequence[int], config: SampleConfig, alone: bool
+) -> Iterator[tuple[list[int], list[list[int]], list[int]]]:
+    """What is computed at once.
+
+    Yields:
+        Wanted indices that share batch_size places; the batches that hold them; where they are in these batches
+        together.
+    """
+    size = config.batch_size
+    for _, group in groupby(indices, lambda index: index // size):
+        some = list(group)
+        if alone:
+            yield some, [[index] for index in some], list(range(len(some)))
+        elif config.total is None:
+            yield some, [some], list(range(len(some)))
+        else:
+            filled = dict.fromkeys(range(size), some[0]) | {index % size: index for index in some}
+            yield some, [list(filled.values())], [index % size for index in some]
 
 
 def _sample_batch(
-    pipeline: SkipPipeline, batch: list[int], labels: Labels, config: SampleConfig, bar: tqdm, worth: int
+    pipeline: SkipPipeline, batch: list[int], labels: Labels, config: SampleConfig, bar: tqdm, worth: float
 ) -> Pixels:
     """Samples that are computed at once; `worth` is how far they bring the bar."""
 
