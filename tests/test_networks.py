@@ -31,9 +31,8 @@ def weights(name: str) -> Path:
     """A file of weights; the test is skipped where it is absent."""
     path = Path(os.environ.get("SKIPDIT_METRICS") or ROOT / "pretrained/metrics") / name
     if not path.is_file():
-        pytest.skip(
-            f"needs {name}: fetch it with 'python pretrained/download_ckpts.py metrics/{Path(name).stem}' or set SKIPDIT_METRICS"
-        )
+        fetch = f"python pretrained/download_ckpts.py metrics/{path.stem}"
+        pytest.skip(f"needs {name}: fetch it with '{fetch}' or set SKIPDIT_METRICS")
     return path
 
 
@@ -254,11 +253,13 @@ def test_i3d_features_repeat_and_do_not_depend_on_the_batch(i3d):
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
-def test_features_are_the_same_under_autocast(i3d):
+def test_features_do_not_depend_on_the_callers_settings(i3d):
     clips = noise_clips(1, 9, 32, 32)
+    before = torch.backends.cudnn.allow_tf32
     with torch.autocast("cpu", torch.bfloat16):
         inside = i3d.features(clips)
     assert torch.equal(inside, i3d.features(clips))
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 @torch.no_grad()

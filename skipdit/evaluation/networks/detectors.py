@@ -4,7 +4,8 @@ Resizing and scaling are part of a detector, since they are part of the metric's
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,7 @@ class Detector:
         """
         self._check(batch)
         # Neither autocast nor TensorFloat-32, whatever the caller's settings: they would be another detector.
-        cudnn = torch.backends.cudnn
-        flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-        with torch.autocast(self.device.type, enabled=False), cudnn.flags(**flags, allow_tf32=False):
+        with torch.autocast(self.device.type, enabled=False), _ieee_convolutions():
             features = self.network(self.prepare(batch.to(self.device)).to(self.dtype))
         if features.shape != (len(batch), self.dim):
             raise ValueError(f"The network gave {list(features.shape)} instead of [{len(batch)}, {self.dim}].")
@@ -128,6 +127,22 @@ def load_detector(
     words = f"{file.sha256} {protocol} {dtype}"
     fingerprint = hashlib.sha256(words.encode()).hexdigest()
     return Detector(name, dim, fingerprint, frames, network, prepare, device, dtype)
+
+
+@contextmanager
+def _ieee_convolutions() -> Iterator[None]:
+    """No TensorFloat-32 in convolutions, which NVIDIA GPUs use by default; neither network has other products."""
+    cudnn = torch.backends.cudnn
+    if not hasattr(getattr(cudnn, "conv", None), "fp32_precision"):  # before torch 2.9
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+            yield
+        return
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = before
 
 
 def _prepare_clips(clips: torch.Tensor) -> torch.Tensor:
