@@ -41,10 +41,9 @@ def _dot(a, b, WIDEN: tl.constexpr):
 
 @triton.jit
 def _weights(scores, rows, length, scale_log2):
-    """Softmax over the keys: [BLOCK, BLOCK] in float32; keys beyond the sequence get 0."""
+    """Softmax over the keys before it is normalised, [BLOCK, BLOCK] in float32, 1 at the largest; 0 beyond the end."""
     scores = tl.where(rows[None, :] < length, scores * scale_log2, float("-inf"))
-    weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    return weights / tl.sum(weights, 1)[:, None]
+    return tl.exp2(scores - tl.max(scores, 1)[:, None])
 
 
 @triton.jit
@@ -92,9 +91,10 @@ def _forward(
         v_high = _tile(value, rows, high, row_stride, COLUMN_STRIDE, length, SIZE)
         scores += _dot(q_high, tl.trans(k_high), WIDEN)
     weights = _weights(scores, rows, length, scale_log2).to(v.dtype)
-    _write(result, _dot(weights, v, WIDEN), rows, low, out_row_stride, length, SIZE)
+    total = tl.sum(weights.to(tl.float32), 1)[:, None]  # of the rounded weights: the result is a true mean of v
+    _write(result, _dot(weights, v, WIDEN) / total, rows, low, out_row_stride, length, SIZE)
     if HIGH > 0:
-        attended = _dot(weights, v_high, WIDEN)
+        attended = _dot(weights, v_high, WIDEN) / total
         _write(result, attended, rows, high, out_row_stride, length, SIZE)
 
 
@@ -156,6 +156,7 @@ def _backward(
         scores += _dot(q_high, tl.trans(k_high), WIDEN)
         wanted += _dot(g_high, tl.trans(v_high), WIDEN)
     weights = _weights(scores, rows, length, scale_log2)
+    weights = weights / tl.sum(weights, 1)[:, None]
     change = weights * (wanted - tl.sum(weights * wanted, 1)[:, None]) * scale
     weights, change = tl.trans(weights).to(q.dtype), change.to(q.dtype)
 

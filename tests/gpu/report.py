@@ -1,0 +1,219 @@
+"""Tables and one JSON file of what the sections left; figures that are missing are named."""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+# What a card like an H200 should reach: (section, item, path to the figure, largest value, words).
+TARGETS = (
+    ("forward", "B2 {best}", ("full", "seconds"), 13.5e-3, "full forward, one clip with guidance"),
+    ("forward", "B2 {best}", ("reused", "seconds"), 2.0e-3, "reused step"),
+    ("sampling", "1 clip, {best}", ("2", "seconds"), 0.43, "DDIM-50, N=2, without VAE"),
+    ("sampling", "1 clip, {best}", ("4", "seconds"), 0.30, "DDIM-50, N=4, without VAE"),
+)
+TRAINING_TARGET = 40.0  # clips a second
+
+
+def write(output: Path, preset: str, ended: dict[str, str]) -> None:
+    """gpu.json and gpu.md from the sections' files."""
+    sections = {}
+    for name in ended:
+        path = output / f"{name}.json"
+        empty = {"items": {}, "errors": {}, "skipped": []}
+        sections[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty
+        sections[name]["ended"] = ended[name]
+    report = {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "preset": preset, "sections": sections}
+    (output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (output / "gpu.md").write_text(to_markdown(report), encoding="utf-8")
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    sections = report["sections"]
+    items = {name: section["items"] for name, section in sections.items()}
+    writers = {
+        "rates": rates,
+        "correctness": correctness,
+        "forward": forward,
+        "sampling": sampling,
+        "training": training,
+        "pieces": pieces,
+        "breakdown": breakdown,
+    }
+    parts = [f"# Measurement of {report['date'][:10]}, preset {report['preset']}", about(items)]
+    if report["preset"] == "xl":
+        parts.append(targets(items))
+    for name, section in sections.items():
+        parts.append(f"## {name.capitalize()}")
+        try:
+            parts.append(writers[name](items))
+        except Exception as problem:  # the JSON has it all
+            parts.append(f"The table failed ({type(problem).__name__}: {problem}); see gpu.json.")
+        parts.append(missing(section))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def about(items: dict[str, dict]) -> str:
+    found = items.get("rates", {}).get("hardware")
+    if not found:
+        return "What it ran on is not known: the section of rates failed."
+    card = found.get("name", found["device"])
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "cuda", "triton", "diffusers", "python"))
+    return f"{card}; {versions}; {found.get('nvidia_smi') or 'no nvidia-smi'}. Kernels: {found['kernels']}."
+
+
+def missing(section: dict[str, Any]) -> str:
+    lines = [] if section["ended"] == "ended" else [f"This section {section['ended']}."]
+    if section["skipped"]:
+        lines.append(f"No time was left for: {'; '.join(section['skipped'])}.")
+    lines += [f"FAILED {name}: {problem['message'].splitlines()[0]}" for name, problem in section["errors"].items()]
+    return "  \n".join(lines)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.3g} ms"
+
+
+def share_of(limit: float | None, seconds: float) -> str:
+    return "" if not limit else f"{limit / seconds:.0%}"
+
+
+def hardware_rates(items: dict[str, dict]) -> tuple[float | None, float | None]:
+    """Operations and bytes per second that this run measured."""
+    found = items.get("rates", {})
+    return tuple(found.get(name, {}).get("rate") for name in ("matrix torch.bfloat16", "memory"))
+
+
+def limit(items: dict[str, dict], operations: float, moved: float = 0) -> float | None:
+    """Seconds that the hardware's rates allow."""
+    matrix, memory = hardware_rates(items)
+    if not matrix or not memory:
+        return None
+    return max(operations / matrix, moved / memory)
+
+
+# ---------------------------------------------------------------------- sections
+
+
+def targets(items: dict[str, dict]) -> str:
+    rows = []
+    for section, item, path, most, words in TARGETS:
+        prefix = item.split("{best}")[0]
+        best = None
+        for name, found in items.get(section, {}).items():
+            if name.startswith(prefix):
+                values = [found[path[0]].get(key) for key in {path[1], path[1].replace("seconds", "graph_seconds")}]
+                for value in filter(None, values):
+                    best = min(best or (value, name), (value, name))
+        value, name = best or (None, "not measured")
+        rows.append([words, ms(most), ms(value), name, "" if value is None else "yes" if value <= most else "NO"])
+    found = [(item["clips_per_second"], name) for name, item in items.get("training", {}).items()]
+    clips, name = max(found, default=(None, "not measured"))
+    reached = "" if clips is None else "yes" if clips >= TRAINING_TARGET else "NO"
+    rows.append(["training", f"{TRAINING_TARGET:.0f} clips/s", "" if clips is None else f"{clips:.1f}", name, reached])
+    return "## Targets\n\n" + table(["", "target", "best", "by", "reached"], rows)
+
+
+def rates(items: dict[str, dict]) -> str:
+    rows = []
+    for name, found in items["rates"].items():
+        if "rate" in found:
+            unit = "TB/s" if name == "memory" else "TFLOP/s"
+            rows.append([name, f"{found['rate'] / 1e12:.4g} {unit}"])
+    return table(["", "rate"], rows)
+
+
+def correctness(items: dict[str, dict]) -> str:
+    rows = []
+    for name, found in items["correctness"].items():
+        if "ok" in found:
+            keys = [f"{part} {way}" for part in ("forward", "backward") for way in ("kernel", "plain")]
+            rows.append([name, *(f"{found[key]:.2e}" for key in keys), "yes" if found["ok"] else "NO"])
+    head = ["error against float64", "kernel", "plain", "gradients, kernel", "gradients, plain", "no larger"]
+    return table(head, rows) if rows else "No kernel runs here."
+
+
+def forward(items: dict[str, dict]) -> str:
+    found = items["forward"]
+    rows = []
+    for name, item in found.items():
+        full, reused = item["full"], item["reused"]
+        eager = found.get(f"{name.split()[0]} eager", {}).get("error")
+        cells = [name]
+        for step in (full, reused):
+            cells += [ms(step["seconds"]), ms(step.get("graph_seconds"))]
+        cells.append(f"{full['operations'] / full['seconds'] / 1e12:.3g}")
+        cells += [share_of(limit(items, step["operations"]), step["seconds"]) for step in (full, reused)]
+        cells += [f"{item['error']:.2e}", "" if eager is None else f"{item['error'] / eager:.2f}"]
+        rows.append([*cells, f"{full['set_up']:.1f} + {reused['set_up']:.1f} s"])
+    head = ["", "full", "graph", "reused", "graph", "TFLOP/s", "of the matrix rate", "reused, of it"]
+    return table([*head, "error", "/ eager's", "first call"], rows)
+
+
+def sampling(items: dict[str, dict]) -> str:
+    rows = []
+    for name, intervals in items["sampling"].items():
+        for interval, item in intervals.items():
+            rows.append(
+                [name, "no cache" if interval == "1" else f"N={interval}", f"{item['full']} + {item['reused']}",
+                 f"{item['seconds']:.4g} s ({item['least']:.4g}..{item['most']:.4g})", f"{item['speedup']:.2f}x",
+                 f"{item['bound']:.2f}x", f"{item['speedup'] / item['bound']:.0%}", f"{item['difference']:.1e}"]
+            )  # fmt: skip
+    head = ["", "cache", "full + reused", "seconds", "speed-up", "bound", "of the bound", "difference to eager"]
+    return table(head, rows)
+
+
+def training(items: dict[str, dict]) -> str:
+    rows = []
+    for name, item in items["training"].items():
+        rate = item["operations"] / item["seconds"] / 1e12
+        rows.append(
+            [name, ms(item["seconds"]), f"{item['clips_per_second']:.2f}", f"{rate:.3g}",
+             share_of(limit(items, item["operations"]), item["seconds"]), f"{item['memory_gib']:.1f}",
+             f"{item['loss']:.5f}", f"{item['grad_norm']:.4f}", f"{item['set_up']:.1f} s"]
+        )  # fmt: skip
+    head = ["", "step", "clips/s", "TFLOP/s", "of the matrix rate", "GiB", "loss", "gradient norm", "first step"]
+    return table(head, rows)
+
+
+def pieces(items: dict[str, dict]) -> str:
+    rows = []
+    for name, item in items["pieces"].items():
+        seconds = item["seconds"]
+        rates = f"{item['bytes'] / seconds / 1e9:.0f}", f"{item['operations'] / seconds / 1e12:.3g}"
+        bound = limit(items, item["operations"], item["bytes"])
+        rows.append([name, ms(seconds), *rates, share_of(bound, seconds), "" if item["graph"] else "host included"])
+    return table(["", "a call", "GB/s", "TFLOP/s", "of the limit", ""], rows)
+
+
+def breakdown(items: dict[str, dict]) -> str:
+    rows, sums = [], {}
+    for name, item in items["breakdown"].items():
+        if name.endswith(", kernel"):
+            continue
+        batch = name.split()[0]
+        plain = item["plain"]["seconds"]
+        kernel = items["breakdown"].get(f"{name}, kernel", {}).get("kernel", {}).get("seconds")
+        bound = limit(items, item["operations"], item["bytes"])
+        best = min(plain, kernel or plain)
+        rows.append(
+            [name, item["full"], item["reused"], ms(plain), ms(kernel), f"{item['operations'] / 1e9:.4g}",
+             f"{item['bytes'] / 1e6:.4g}", ms(bound), share_of(bound, best), ms(best * item["full"]),
+             ms(best * item["reused"])]
+        )  # fmt: skip
+        # The first norm of a block, the joint pass and the gate are each counted; the norm alone is not run twice.
+        total = sums.setdefault(batch, [0.0, 0.0, 0.0, 0.0])
+        for index, value in enumerate((plain * item["full"], best * item["full"], best * item["reused"])):
+            total[index] += value
+        total[3] += (bound or 0) * item["full"]
+    for batch, (plain, best, reused, bound) in sums.items():
+        words = f"{batch} all: {ms(plain)} in a full forward by plain operations"
+        rows.append([words, "", "", "", "", "", "", ms(bound), share_of(bound, best), ms(best), ms(reused)])
+    head = ["", "in a full", "in a reused", "plain", "kernel", "GFLOP", "MB", "limit", "of the limit"]
+    return table([*head, "a full forward", "a reused one"], rows)

@@ -1,0 +1,110 @@
+"""The whole measurement of a card in one call: errors of the kernels, forwards, samplings, training, where time goes.
+
+PYTHONPATH=. python tests/measure_gpu.py --output outputs/gpu                        # about 9 minutes on one GPU
+TRITON_INTERPRET=1 python tests/measure_gpu.py --device cpu --preset tiny --output outputs/rehearsal
+
+Writes gpu.md and gpu.json. Every section is a process of its own with a limit of time: a crash, even one that loses
+the device, or a section that takes too long costs the rest nothing. Results are on the disk as soon as they exist.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# Section -> share of the time, in the order of their weight.
+SECTIONS = {
+    "rates": 25,
+    "correctness": 45,
+    "forward": 160,
+    "sampling": 85,
+    "training": 85,
+    "pieces": 60,
+    "breakdown": 45,
+}
+START = 15  # seconds that a process needs before it measures
+
+
+def run_section(args: argparse.Namespace) -> None:
+    """In the child: measure one section."""
+    import torch
+    from gpu import breakdown, models, pieces
+    from gpu.common import PRESETS, Record
+
+    found = {
+        **{name: getattr(pieces, name) for name in ("rates", "correctness", "pieces")},
+        **{name: getattr(models, name) for name in ("forward", "sampling", "training")},
+        "breakdown": breakdown.breakdown,
+    }
+    device = torch.device(args.device)
+    record = Record(Path(args.output) / f"{args.section}.json", args.seconds, device)
+    found[args.section](PRESETS[args.preset], device, record)
+
+
+def start_section(name: str, seconds: float, args: argparse.Namespace) -> str:
+    """In the parent: run one section; returns how it ended."""
+    command = [sys.executable, "-u", str(Path(__file__).resolve()), "--section", name, "--seconds", f"{seconds:.0f}"]
+    for option in ("device", "preset", "output"):
+        command += [f"--{option}", getattr(args, option)]
+    log = Path(args.output) / f"{name}.log"
+    began = time.monotonic()
+    with log.open("w", encoding="utf-8") as stream:
+        try:
+            status = subprocess.run(
+                command, stdout=stream, stderr=subprocess.STDOUT, timeout=seconds + START, env=environment()
+            ).returncode
+            ended = "ended" if status == 0 else f"ended with status {status}"
+        except subprocess.TimeoutExpired:
+            ended = "was stopped"
+    print(f"{name} {ended} after {time.monotonic() - began:.0f} s", flush=True)
+    if ended != "ended":
+        print(log.read_text(encoding="utf-8", errors="replace")[-1500:], flush=True)
+    return ended
+
+
+def environment() -> dict[str, str]:
+    """One cache of compiled code for all sections."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--preset", default="xl", choices=("xl", "tiny"))
+    parser.add_argument("--output", default="outputs/gpu")
+    parser.add_argument("--budget", type=float, default=525, help="seconds for everything (525)")
+    parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="some of the sections")
+    parser.add_argument("--section", choices=tuple(SECTIONS), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.section:
+        run_section(args)
+        return 0
+    from gpu.report import write
+
+    deadline = time.monotonic() + args.budget
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    wanted = {name: share for name, share in SECTIONS.items() if not args.only or name in args.only}
+    for name in wanted:
+        (output / f"{name}.json").unlink(missing_ok=True)
+    ended, shares = {}, sum(wanted.values())
+    for name, share in wanted.items():
+        left = deadline - time.monotonic() - START
+        # What earlier sections did not use goes to the later ones.
+        seconds = min(left, left * share / shares * (1 if share == shares else 1.15))
+        shares -= share
+        ended[name] = start_section(name, seconds - START, args) if seconds > 2 * START else "had no time left"
+        write(output, args.preset, ended)
+    print((output / "gpu.md").read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
