@@ -9,12 +9,14 @@ from skipdit.schedulers import make_scheduler
 NAMES = ["zero", "one", "two"]
 
 
-def tiny_pipeline(kind: str = "video", num_classes: int | None = 3, skip: str | None = "linear"):
-    """Clips of 4 frames of 16x16 pixels (or such pictures); every weight random, so that all matter."""
+def tiny_pipeline(
+    kind: str = "video", num_classes: int | None = 3, skip: str | None = "linear", num_frames: int = 4
+):
+    """Clips of a few frames of 16x16 pixels (or such pictures); every weight random, so that all matter."""
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "hidden_size": 16, "num_heads": 2, "num_classes": num_classes, "skip": skip}
     if kind == "video":
-        transformer = SkipLatteTransformer3DModel(depth=8, num_frames=4, **sizes)
+        transformer = SkipLatteTransformer3DModel(depth=8, num_frames=num_frames, **sizes)
     else:
         transformer = SkipDiTTransformer2DModel(depth=12, **sizes)
     for parameter in transformer.parameters():

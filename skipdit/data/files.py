@@ -27,7 +27,7 @@ def find_clips(root: Path) -> list[Path]:
         if any(suffix in IMAGE_SUFFIXES for suffix in suffixes.values()):
             clips.append(folder)
     if not clips:
-        raise UserError(f"{root} holds neither video files nor folders of frames: check data.arguments.root.")
+        raise UserError(f"{root} holds neither video files nor folders of frames: is it the folder of the data?")
     return sorted(clips)
 
 
@@ -40,7 +40,7 @@ def find_images(root: Path) -> list[Path]:
     images = [folder / name for folder, names in _walk(root) for name in names]
     images = sorted(path for path in images if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
-        raise UserError(f"{root} holds no pictures: check data.arguments.root.")
+        raise UserError(f"{root} holds no pictures: is it the folder of the data?")
     return images
 
 
@@ -109,7 +109,7 @@ def check_rejected(rejected: Sequence[tuple[Path, str]], total: int, max_bad_sha
     if len(rejected) > max_bad_share * total or len(rejected) == total:
         listed = "; ".join(f"{path}: {reason}" for path, reason in rejected[:SHOWN])
         more = f"; and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
-        limit = f", more than data.arguments.max_bad_share={max_bad_share:g} allows" if len(rejected) < total else ""
+        limit = f", more than max_bad_share={max_bad_share:g} allows" if len(rejected) < total else ""
         raise UserError(f"{len(rejected)} of {total} clips cannot be used{limit} ({listed}{more}).")
     for path, reason in rejected:
         log.warning("%s is left out: %s", path, reason)

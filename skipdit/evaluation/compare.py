@@ -91,10 +91,8 @@ def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline
     if not source.is_video:
         raise UserError(f"{folder} makes pictures: the comparison is of clips.")
     if bool(source.model.config.skip) != with_skips:
-        wanted = (
-            "model= needs a pipeline with long skips" if with_skips else "twin= needs a pipeline without long skips"
-        )
-        raise UserError(f"{folder} is {'vanilla' if with_skips else 'one with long skips'}: {wanted}.")
+        wanted = "has no long skips, which model= needs" if with_skips else "has long skips, which twin= must not have"
+        raise UserError(f"{folder} {wanted}.")
     pipeline = source.load(choose_device(config.device), config.dtype, config.sampler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -137,13 +137,19 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "shown"}
 
 
+def _or_none(value: Any) -> Any:
+    """JSON has no infinity, which is the PSNR of equal clips."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def write_report(report: dict[str, Any], folder: Path) -> list[str]:
     """compare.md, .csv, .json, .png and strip.png; returns their names."""
-    plain = {**report, "rows": [_plain(row) for row in report["rows"]]}
+    rows = [{key: _or_none(value) for key, value in _plain(row).items()} for row in report["rows"]]
+    plain = {**report, "rows": rows}
     texts = {
         "compare.md": to_markdown(report),
         "compare.csv": to_csv(report),
-        "compare.json": json.dumps(plain, indent=2) + "\n",
+        "compare.json": json.dumps(plain, indent=2, allow_nan=False) + "\n",
     }
     for name, text in texts.items():
         with written_whole(folder / name) as path:

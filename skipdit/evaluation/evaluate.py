@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     folder = check_writable(config.output)
     report = evaluate(config)
     table = to_markdown(report)
-    for name, text in (("evaluation.md", table), ("evaluation.json", json.dumps(report, indent=2) + "\n")):
+    for name, text in (("evaluation.md", table), ("evaluation.json", to_json(report))):
         with written_whole(folder / name) as path:
             path.write_text(text, encoding="utf-8")
     save_config(config, folder / "settings.yaml")
@@ -186,6 +187,12 @@ def _paired_metrics(config: EvaluateConfig, real: "Side", generated: "Side") -> 
 def _about(side_config: Any, side: "Side") -> dict[str, Any]:
     skipped = [list(item) for item in side.skipped]
     return {**asdict(side_config), "clips": len(side), "settings": side.settings, "skipped": skipped}
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """All of it, unrounded; an infinite PSNR (equal clips) becomes null."""
+    metrics = {name: value if math.isfinite(value) else None for name, value in report["metrics"].items()}
+    return json.dumps({**report, "metrics": metrics}, indent=2, allow_nan=False) + "\n"
 
 
 def to_markdown(report: dict[str, Any]) -> str:

@@ -1,0 +1,145 @@
+"""`skipdit compare`: what must agree whatever the machine, and what is refused."""
+
+import csv
+import json
+
+import pytest
+import torch
+from scripted_detector import write_detector
+from tiny_pipelines import tiny_pipeline
+
+from skipdit.cache import SkipCacheConfig
+from skipdit.cli import main
+from skipdit.config import load_config
+from skipdit.errors import UserError
+from skipdit.evaluation.compare import CompareConfig, _fewer_steps, compare
+from skipdit.evaluation.compare_measure import Contender, count_flops
+from skipdit.evaluation.compare_report import to_markdown
+from skipdit.evaluation.peers import magnitude_ratios, parse_peer
+from skipdit.operations import count_operations
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A pipeline with skips and a vanilla twin."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name, skip in (("skip", "linear"), ("vanilla", None)):
+        tiny_pipeline(skip=skip).save_pretrained(root / name)
+    return root
+
+
+def settings(folders, tmp_path, *words) -> CompareConfig:
+    common = [f"model={folders}/skip", "clips=3", "batch_size=2", "steps=8", "guidance_scale=2"]
+    return load_config(CompareConfig, None, [*common, f"cache_dir={tmp_path}/cache", *words])
+
+
+def by_name(report) -> dict[str, dict]:
+    return {row["name"]: row for row in report["rows"]}
+
+
+def test_a_cache_that_never_reuses_is_no_cache(folders, tmp_path):
+    report = compare(settings(folders, tmp_path, "caches=[N1-1000-0, N4-1000-0]", "equal_time=false"))
+    rows = by_name(report)
+    plain, same, cached = rows["no cache"], rows["Skip-Cache N1-1000-0"], rows["Skip-Cache N4-1000-0"]
+    assert torch.equal(plain["shown"], same["shown"]) and same["psnr"] == float("inf") and same["ssim"] == 1
+    assert same["teraflops"] == plain["teraflops"] > cached["teraflops"]
+    assert 0 < cached["psnr"] < 100 and plain["psnr"] is None and plain["speedup"] == 1
+    assert all(row["clips"] == 3 for row in rows.values())
+
+
+def test_operations_are_those_that_ran(folders):
+    """Against the count from the sizes: 8 full steps, or 2 full and 6 reused ones, of a guided batch of one clip."""
+    pipeline = tiny_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(pipeline, steps, indices):
+        return pipeline([0], steps, 2.0, torch.manual_seed(0), output_type="latent").frames
+
+    shape = (2, 4, 4, 8, 8)
+    full = count_operations(pipeline.transformer, shape).total
+    reused = count_operations(pipeline.transformer, shape, shallow=1, reused=True).total
+    plain = Contender("no cache", "no cache", "skip", pipeline, 8)
+    cached = Contender("N4", "Skip-Cache", "skip", pipeline, 8, SkipCacheConfig.parse("N4-1000-0"))
+    assert count_flops(plain, sample) == 8 * full
+    assert count_flops(cached, sample) == 2 * full + 6 * reused
+    assert not pipeline.transformer.is_cache_enabled
+
+
+def test_rivals_run_on_the_twin_and_are_compared_with_it(folders, tmp_path):
+    peers = "[pab:2, taylorseer:3, fbcache:9, magcache:0.5, fastercache:2]"
+    report = compare(settings(folders, tmp_path, f"twin={folders}/vanilla", "caches=[N3]", f"peers={peers}"))
+    rows = by_name(report)
+    plain = rows["vanilla, no cache"]
+    for name in ("pab:2", "taylorseer:3", "fbcache:9", "magcache:0.5"):
+        assert rows[name]["network"] == "vanilla" and rows[name]["teraflops"] < plain["teraflops"], name
+        assert 0 < rows[name]["psnr"] < 100, name
+    assert plain["psnr"] is None and "fastercache:2" not in rows
+    assert any(note.startswith("fastercache:2 cannot be attached") for note in report["notes"])
+
+
+def test_distances_to_real_clips_are_in_the_table(folders, tmp_path):
+    real = tmp_path / "real.pt"
+    torch.save(torch.randint(0, 255, (4, 10, 16, 16, 3), dtype=torch.uint8), real)
+    tiny_pipeline(num_frames=10).save_pretrained(tmp_path / "long")
+    detector = write_detector(tmp_path / "detector.pt")
+    words = [f"model={tmp_path}/long", "caches=[N1-1000-0, N3]", f"real.path={real}", f"i3d={detector}", "equal_time=false"]
+    report = compare(settings(folders, tmp_path, *words))
+    rows = by_name(report)
+    assert rows["no cache"]["fvd"] == rows["Skip-Cache N1-1000-0"]["fvd"] > 0
+    assert rows["no cache"]["fvd"] != rows["Skip-Cache N3-900-50"]["fvd"]
+    assert "| FVD |" in to_markdown(report) and any("perfect generator" in note for note in report["notes"])
+
+
+def test_fewer_steps_take_as_long_as_each_cache():
+    pipeline = tiny_pipeline()
+    skip = Contender("no cache", "no cache", "skip", pipeline, 50)
+    cached = [Contender(f"c{i}", "Skip-Cache", "skip", pipeline, 50, SkipCacheConfig()) for i in range(3)]
+    fewer = _fewer_steps([skip, *cached], [10.0, 5.0, 4.8, 12.0])
+    assert [(c.steps, c.family, c.cache) for c in fewer] == [(25, "fewer steps", None), (24, "fewer steps", None)]
+
+
+def test_magnitude_ratios_begin_with_one_and_watch_without_changing(folders):
+    pipeline = tiny_pipeline(skip=None)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample():
+        return pipeline([0], 5, 2.0, torch.manual_seed(0), output_type="latent").frames
+
+    before = sample()
+    ratios = magnitude_ratios(pipeline, sample)
+    assert len(ratios) == 5 and ratios[0] == 1 and all(0 < ratio < 3 for ratio in ratios)
+    assert torch.equal(sample(), before)
+
+
+def test_the_command_writes_all_forms(folders, tmp_path, capsys):
+    words = [f"model={folders}/skip", "caches=[N2]", "clips=2", "steps=4", f"output={tmp_path}/out"]
+    assert main(["compare", *words]) == 0
+    out = tmp_path / "out"
+    assert (out / "compare.md").read_text() in capsys.readouterr().out
+    rows = list(csv.DictReader((out / "compare.csv").open()))
+    figures = json.loads((out / "compare.json").read_text())
+    assert [row["name"] for row in rows] == [row["name"] for row in figures["rows"]]
+    assert {"compare.png", "strip.png", "settings.yaml"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["twin={skip}"], "has long skips, which twin= must not have"),
+        (["model={vanilla}"], "has no long skips, which model= needs"),
+        (["caches=[X3]"], "X3.*not spelled"),
+        (["twin={vanilla}", "peers=[fb:0.1]"], "No rival cache 'fb'.*fbcache"),
+        (["twin={vanilla}", "peers=[pab]"], "not spelled <name>:<number>"),
+        (["twin={vanilla}", "peers=[pab:1.5]"], "whole number from 2"),
+    ],
+)
+def test_mistakes_get_a_sentence(folders, tmp_path, words, says):
+    words = [word.format(skip=folders / "skip", vanilla=folders / "vanilla") for word in words]
+    with pytest.raises(UserError, match=says):
+        compare(settings(folders, tmp_path, *words))
+
+
+def test_peers_are_read():
+    assert parse_peer("fbcache:0.08") == ("fbcache", 0.08)

@@ -1,0 +1,289 @@
+"""Sides of a comparison, `skipdit evaluate` on real files, and what it refuses."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from painted import SIDE, numbers, painted, write_frames, write_video
+from real_data import real
+from scripted_detector import write_detector
+from test_networks import weights
+from tiny_pipelines import tiny_pipeline
+
+from skipdit.cli import main
+from skipdit.config import load_config
+from skipdit.data import ClipDataset
+from skipdit.errors import UserError
+from skipdit.evaluation.arrays import read_clips
+from skipdit.evaluation.evaluate import EvaluateConfig, evaluate
+from skipdit.evaluation.gathering import pick_frames
+from skipdit.evaluation.identity import describe_difference, hash_entries
+from skipdit.evaluation.sides import ArraySide, FileSide, settings_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the stand-in network is TorchScript
+
+
+@pytest.fixture
+def detector(tmp_path):
+    return write_detector(tmp_path / "detector.pt")
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Three folders of painted frames, 12, 20 and 40 long."""
+    for name, frames in (("a", 12), ("b", 20), ("c", 40)):
+        write_frames(tmp_path / "clips" / name, frames)
+    return tmp_path / "clips"
+
+
+def side(folder, count, frames=12, **options) -> FileSide:
+    data = ClipDataset(folder, frames, size=SIDE, flip=False, classes="none", max_bad_share=1.0)
+    return FileSide(data, count, **options)
+
+
+def shown(a_side, workers=0) -> list[list[int]]:
+    """Frame numbers of its clips."""
+    found = []
+    for batch in a_side.batches(2, workers):
+        found += [numbers(clip.permute(0, 3, 1, 2).float() / 127.5 - 1) for clip in batch]
+    return found
+
+
+def settings(detector, tmp_path, *words) -> EvaluateConfig:
+    common = [f"i3d={detector}", f"cache_dir={tmp_path}/cache", "num_workers=0", "metrics=[fvd,kvd]", "clips=6"]
+    return load_config(EvaluateConfig, None, [*common, *words])
+
+
+# ---------------------------------------------------------------------- sides
+
+
+def test_clips_are_drawn_without_repeats_every_file_before_any_again(clips):
+    drawn = side(clips, 8).draws
+    assert sorted(index for index, _ in drawn[:3]) == [0, 1, 2]
+    assert len(set(drawn)) == 8
+    assert [index for index, _ in drawn[3:]].count(0) == 0  # a file of 12 frames has one clip of 12
+    everything = side(clips, 1000).draws  # 1 + 9 + 29 starts
+    assert len(everything) == len(set(everything)) == 39
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(clips):
+    assert shown(side(clips, 5), workers=0) == shown(side(clips, 5), workers=2)
+    assert side(clips, 5, seed=1).draws != side(clips, 5, seed=2).draws
+
+
+def test_frames_are_those_of_the_draw(clips):
+    a_side = side(clips, 4)
+    assert shown(a_side) == [list(range(start, start + 12)) for _, start in a_side.draws]
+
+
+def test_pairs_are_in_the_order_of_the_files_from_their_first_frame(clips):
+    assert shown(side(clips, None, in_order=True)) == [list(range(12))] * 3
+
+
+def test_an_unreadable_clip_is_left_out_and_named(tmp_path):
+    for name in "abc":
+        write_video(tmp_path / "v" / f"{name}.mp4", 12)
+    a_side = side(tmp_path / "v", 3)
+    (tmp_path / "v" / "b.mp4").write_bytes(b"broken after the index was made")
+    assert len(shown(a_side)) == 2
+    assert [name for name, _ in a_side.skipped] == [str(tmp_path / "v" / "b.mp4")]
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy", "pt"])
+def test_arrays_are_read_in_batches_with_stride_and_count(tmp_path, suffix):
+    array = np.stack([[painted((3 * clip + frame) % 64) for frame in range(8)] for clip in range(5)])
+    path = tmp_path / f"clips.{suffix}"
+    if suffix == "npz":
+        np.savez(path, arr_0=array)
+    elif suffix == "npy":
+        np.save(path, array)
+    else:
+        torch.save(torch.from_numpy(array), path)
+    assert torch.equal(torch.cat(list(read_clips(path, 2))), torch.from_numpy(array))
+    a_side = ArraySide([path], count=3, num_frames=3, stride=2)
+    assert shown(a_side) == [[0, 2, 4], [3, 5, 7], [6, 8, 10]]
+    with pytest.raises(UserError, match="clips of 8 frames: too few for 5 frames, every 2th"):
+        ArraySide([path], num_frames=5, stride=2)
+
+
+def test_arrays_that_do_not_fit_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 4, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "b.npz", arr_0=np.zeros((2, 4, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "c.npz", arr_0=np.zeros((2, 4, 8, 8, 3), np.float32))
+    with pytest.raises(UserError, match="b.npz holds clips .*clips of one size"):
+        ArraySide([tmp_path / "a.npz", tmp_path / "b.npz"])
+    with pytest.raises(UserError, match="c.npz holds float32"):
+        ArraySide([tmp_path / "c.npz"])
+    (tmp_path / "d.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+    with pytest.raises(UserError, match="d.npz cannot be read"):
+        ArraySide([tmp_path / "d.npz"])
+
+
+def test_frames_of_a_clip_are_evenly_spaced():
+    clips = torch.arange(16)[None, :, None, None, None].expand(2, 16, 1, 1, 3)
+    assert pick_frames(clips, 4)[:, 0, 0, 0].tolist() == [0, 5, 10, 15] * 2
+    assert len(pick_frames(clips[:, :1], 4)) == 2  # pictures have one
+
+
+def test_the_hash_follows_content_names_and_lengths(clips):
+    def digest():
+        data = ClipDataset(clips, 12, size=SIDE, flip=False, classes="none")
+        return hash_entries(clips, data.entries)
+
+    before = digest()
+    assert digest() == before
+    first = clips / "a" / "x_frames_0.png"
+    kept = first.read_bytes()
+    first.write_bytes((clips / "a" / "x_frames_1.png").read_bytes())
+    assert digest() != before
+    first.write_bytes(kept)
+    assert digest() == before
+    (clips / "b").rename(clips / "bb")
+    assert digest() != before
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"num_frames": 8}, "frames of a clip 16 (real) and 8 (generated)"),
+        ({"frame_interval": 1}, "frame interval 3 (real) and 1 (generated)"),
+        ({"size": (64, 128)}, "width 64 (real) and 128 (generated)"),
+        ({"codec": "mp4"}, "codec avi (real) and mp4 (generated)"),
+        ({}, ""),
+    ],
+)
+def test_differing_settings_are_named(changed, word):
+    generated = {"num_frames": 16, "frame_interval": 3, "size": (64, 64), "codec": "lossless", **changed}
+    assert describe_difference(settings_of(16, 3, (64, 64), "avi"), settings_of(**generated)) == word
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_a_set_against_itself(detector, clips, tmp_path):
+    report = evaluate(settings(detector, tmp_path, f"real.path={clips}", f"generated.path={clips}", "num_frames=12"))
+    assert report["metrics"]["fvd"] == pytest.approx(0, abs=1e-6)
+    assert report["metrics"]["kvd"] < 1e-6
+    assert report["real"]["clips"] == 6 and any("too few for the 400" in warning for warning in report["warnings"])
+
+
+def test_the_distance_is_that_of_the_features(detector, tmp_path):
+    """All clips of a side alike: the distance is that of two points, whatever the network."""
+    for name, value in (("dark", 40), ("light", 140)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.full((4, 10, 32, 32, 3), value, np.uint8))
+    words = [f"real.path={tmp_path}/dark.npz", f"generated.path={tmp_path}/light.npz"]
+    report = evaluate(settings(detector, tmp_path, *words))
+    assert report["metrics"]["fvd"] == pytest.approx(360 * (100 / 127.5) ** 2, rel=1e-3)
+
+
+def test_statistics_of_the_real_side_are_kept_until_something_changes(detector, clips, tmp_path, capsys):
+    words = [f"real.path={clips}", f"generated.path={clips}", "num_frames=12"]
+    first = evaluate(settings(detector, tmp_path, *words))["metrics"]
+    capsys.readouterr()
+    assert evaluate(settings(detector, tmp_path, *words))["metrics"] == first
+    assert "statistics of an earlier run" in capsys.readouterr().out
+    for change in ("seed=1", "clips=5", "num_frames=10", "size=40"):
+        evaluate(settings(detector, tmp_path, *words, change))
+        assert "earlier run" not in capsys.readouterr().out, change
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 5
+
+
+def test_sides_that_differ_are_refused_unless_forced(detector, clips, tmp_path):
+    words = [f"real.path={clips}", f"generated.path={clips}", "real.frame_interval=2", "num_frames=6"]
+    with pytest.raises(UserError, match=r"frame interval 2 \(real\) and 1 \(generated\).*force=true"):
+        evaluate(settings(detector, tmp_path, *words))
+    forced = evaluate(settings(detector, tmp_path, *words, "num_frames=10", "force=true", "real.max_bad_share=0.5"))
+    assert any("Forced although" in warning for warning in forced["warnings"])
+    made_at = evaluate(settings(detector, tmp_path, *words, "num_frames=9", "generated.made_at=2", "real.max_bad_share=.5"))
+    assert made_at["generated"]["settings"]["frame_interval"] == 2
+
+
+def test_more_unreadable_clips_than_allowed_stop_it(detector, tmp_path):
+    for name in "abcd":
+        write_video(tmp_path / "v" / f"{name}.mp4", 12)
+    (tmp_path / "v" / "b.mp4").write_bytes(b"not a video")
+    words = [f"real.path={tmp_path}/v", f"generated.path={tmp_path}/v", "num_frames=10", "generated.max_bad_share=0.5"]
+    with pytest.raises(UserError, match=r"b\.mp4"):
+        evaluate(settings(detector, tmp_path, *words))
+    report = evaluate(settings(detector, tmp_path, *words, "real.max_bad_share=0.5"))
+    assert report["real"]["skipped"][0][0].endswith("b.mp4")
+    assert any("left out" in warning and "b.mp4" in warning for warning in report["warnings"])
+
+
+def test_a_pipeline_is_sampled_without_touching_the_disk(detector, tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.transformer.register_to_config(num_frames=4)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    sampling = "{steps: 2, num_frames: 10, guidance_scale: 1}"
+    words = [f"generated.path={tmp_path}/pipeline", f"generated.sampling={sampling}", "real.path=digits", "clips=4"]
+    report = evaluate(settings(detector, tmp_path, *words))
+    assert report["generated"]["clips"] == 4 and report["metrics"]["fvd"] > 1
+    assert report["generated"]["settings"] == settings_of(10, 1, (16, 16))
+    again = evaluate(settings(detector, tmp_path, *words))
+    assert again["metrics"] == report["metrics"]
+
+
+def test_pairs(tmp_path):
+    clips = np.random.default_rng(0).integers(0, 200, (3, 5, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "one.npz", arr_0=clips)
+    np.savez(tmp_path / "other.npz", arr_0=clips + 20)
+    config = load_config(
+        EvaluateConfig,
+        None,
+        [f"real.path={tmp_path}/one.npz", f"generated.path={tmp_path}/other.npz", "metrics=[psnr,ssim,temporal]"],
+    )
+    found = evaluate(config)["metrics"]
+    assert found["psnr"] == pytest.approx(20 * np.log10(255 / 20), abs=1e-3)
+    assert 0.9 < found["ssim"] < 1 and abs(found["temporal"] - found["temporal_real"]) < 0.05
+    np.savez(tmp_path / "other.npz", arr_0=clips[:2])
+    with pytest.raises(UserError, match="3 and 2 clips"):
+        evaluate(config)
+
+
+def test_the_command_writes_a_table_and_figures(detector, clips, tmp_path, capsys):
+    words = [f"i3d={detector}", f"real.path={clips}", f"generated.path={clips}", "clips=3", "num_workers=0", "num_frames=12"]
+    words += ["metrics=[fvd,is]", f"output={tmp_path}/out", f"cache_dir={tmp_path}/cache"]
+    assert main(["evaluate", *words]) == 0
+    table = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "| FVD |" in table and "Inception score" in table and table in capsys.readouterr().out
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert figures["real"]["clips"] == 3 and set(figures["networks"]) == {"i3d"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["real.path=a"], "generated.path is missing"),
+        (["real.path=a", "generated.path=b", "metrics=[fdv]"], "No metric 'fdv'.*fvd"),
+        (["real.path=a", "generated.path=b", "protocol=fvd2048"], "No protocol 'fvd2048'.*fvd2048_16f"),
+        (["real.path=a", "generated.path=b", "metrics=[fvd,psnr]"], "two runs"),
+        (["real.path=a", "generated.path=b", "clips=1"], "clips=1 must be 2 or more"),
+        (["real.path=a", "generated.path=nowhere", "metrics=[psnr]"], "nowhere is not there"),
+        (["real.path=a", "generated.path=b", "i3d=missing.pt"], "missing.pt"),
+    ],
+)
+def test_mistakes_get_a_sentence(words, says, capsys, tmp_path):
+    assert main(["evaluate", *words, f"output={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("skipdit: ") and error.count("\n") == 1
+    assert re.search(says, error), error
+
+
+# ---------------------------------------------------------------------- with the real network
+
+
+def test_the_distance_grows_with_noise(tmp_path):
+    """Real clips through the real I3D; blur, shuffled and frozen frames are in docs/benchmarks.md."""
+    path = weights("i3d-kinetics-400.ckpt")
+    data = ClipDataset(real("data/weizmann"), 9, size=64, flip=False)
+    videos = torch.stack([data.frames(index, list(range(9))) for index in range(0, 72, 24)])
+    noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for level in (0.0, 0.1, 0.4):
+        noisy = ((videos + level * noise).clamp(-1, 1) * 127.5 + 127.5).byte().permute(0, 1, 3, 4, 2).numpy()
+        np.savez(tmp_path / f"{level}.npz", arr_0=noisy)
+        words = [f"real.path={tmp_path}/0.0.npz", f"generated.path={tmp_path}/{level}.npz"]
+        found.append(evaluate(settings(path, tmp_path, *words, "metrics=[fvd]"))["metrics"]["fvd"])
+    assert found[0] == pytest.approx(0, abs=1e-6) and found[0] < found[1] < found[2]
