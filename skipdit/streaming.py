@@ -56,7 +56,8 @@ def sample_indices(
 
     The last bit of a float depends on the shape of the batch and on a sample's place in it. So with `total` sample i
     is always at place i % batch_size of a batch of batch_size, places that are not wanted being filled. On the CPU,
-    where batches gain little, it is alone, and so does not depend on the batch size either.
+    where batches gain little, it is alone, and so does not depend on the batch size either. Without `total` the batches
+    are as they come, and a value may round to either side.
 
     Args:
         pipeline: On its device, cache enabled or not.
@@ -75,15 +76,15 @@ def sample_indices(
     pipeline.set_progress_bar_config(disable=True)
     bar_format = "{desc} {percentage:3.0f}% |{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
     with tqdm(total=len(indices), desc="Sampling", bar_format=bar_format, disable=None if shows else True) as bar:
-        for some, batches, places in plan_batches(indices, config, computes_alone(pipeline)):
+        for some, batches, places in plan_batches(indices, config, computes_alone(pipeline, config)):
             worth = len(some) / len(batches)
             pixels = [_sample_batch(pipeline, batch, labels, config, bar, worth) for batch in batches]
             yield some, torch.from_numpy(np.concatenate(pixels)[places])
 
 
-def computes_alone(pipeline: SkipPipeline) -> bool:
+def computes_alone(pipeline: SkipPipeline, config: SampleConfig) -> bool:
     """Whether each sample is a batch of its own."""
-    return pipeline.device.type == "cpu"
+    return config.total is not None and pipeline.device.type == "cpu"
 
 
 def plan_batches(

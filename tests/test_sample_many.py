@@ -180,7 +180,7 @@ def test_bytes_do_not_depend_on_the_batch_size(folders, whole, tmp_path):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_bytes_do_not_depend_on_what_else_is_asked_for(sampler, folders, tmp_path, monkeypatch):
     """As on a GPU, in batches: a sample keeps its place in a batch of the same size, whoever is beside it."""
-    monkeypatch.setattr(streaming, "computes_alone", lambda pipeline: False)
+    monkeypatch.setattr(streaming, "computes_alone", lambda pipeline, config: False)
     config = settings(folders["video"], tmp_path, sampler=sampler, cache="N2", batch_size=3)
     plan = plan_samples(config)
     pipeline = plan.load()
@@ -211,7 +211,7 @@ def test_batches_and_single_samples_agree_to_one_level(folders, tmp_path, monkey
     """What another batch size may change on a GPU: the last bit of a float, which rounds to either side."""
     config = settings(folders["video"], tmp_path, batch_size=8)
     alone = torch.cat([clips for _, _, clips in iterate_samples(config)]).int()
-    monkeypatch.setattr(streaming, "computes_alone", lambda pipeline: False)
+    monkeypatch.setattr(streaming, "computes_alone", lambda pipeline, config: False)
     together = torch.cat([clips for _, _, clips in iterate_samples(config)]).int()
     assert (alone - together).abs().max() <= 1 and (alone != together).float().mean() < 1e-3
 
