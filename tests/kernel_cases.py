@@ -36,8 +36,9 @@ pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Largest error allowed, relative to the largest value: a few roundings (the interpreter truncates bfloat16).
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
+# Largest error allowed, relative to the largest value: a few roundings (the interpreter truncates bfloat16, a card
+# multiplies float32 as three products of TF32).
+TOLERANCE = {torch.float32: 2e-6 if INTERPRETED else 1e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -113,7 +114,7 @@ def test_attention_of_nothing():
 
 
 def test_attention_survives_large_scores():
-    check_attention(50 * random(1, 4, 1, 3, 1, 16), 1)
+    check_attention(torch.randint(-40, 40, (1, 4, 1, 3, 1, 16)).to(DEVICE, torch.float32), 1)  # exact products
 
 
 # ---------------------------------------------------------------------- norm, gate, residual

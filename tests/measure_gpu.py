@@ -3,12 +3,14 @@
 PYTHONPATH=. python tests/measure_gpu.py --output outputs/gpu                        # about 9 minutes on one GPU
 TRITON_INTERPRET=1 python tests/measure_gpu.py --device cpu --preset tiny --output outputs/rehearsal
 
-Writes gpu.md and gpu.json. Every section is a process of its own with a limit of time: a crash, even one that loses
-the device, or a section that takes too long costs the rest nothing. Results are on the disk as soon as they exist.
+Writes gpu.md, gpu.json and gpu.log. Every section is a process of its own with a limit of time: a crash, even one that
+loses the device, or a section that takes too long costs the rest nothing. Results are on the disk as soon as they
+exist.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ SECTIONS = {
     "pieces": 60,
     "breakdown": 45,
 }
+PARTS = "parts"  # folder of what the sections write, merged and removed at the end
 START = 15  # seconds that a process needs before it measures
 
 
@@ -42,7 +45,7 @@ def run_section(args: argparse.Namespace) -> None:
         "breakdown": breakdown.breakdown,
     }
     device = torch.device(args.device)
-    record = Record(Path(args.output) / f"{args.section}.json", args.seconds, device)
+    record = Record(Path(args.output) / PARTS / f"{args.section}.json", args.seconds, device)
     found[args.section](PRESETS[args.preset], device, record)
 
 
@@ -51,7 +54,7 @@ def start_section(name: str, seconds: float, args: argparse.Namespace) -> str:
     command = [sys.executable, "-u", str(Path(__file__).resolve()), "--section", name, "--seconds", f"{seconds:.0f}"]
     for option in ("device", "preset", "output"):
         command += [f"--{option}", getattr(args, option)]
-    log = Path(args.output) / f"{name}.log"
+    log = Path(args.output) / PARTS / f"{name}.log"
     began = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
         try:
@@ -90,18 +93,23 @@ def main() -> int:
 
     deadline = time.monotonic() + args.budget
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output / PARTS, ignore_errors=True)
+    (output / PARTS).mkdir(parents=True)
     wanted = {name: share for name, share in SECTIONS.items() if not args.only or name in args.only}
-    for name in wanted:
-        (output / f"{name}.json").unlink(missing_ok=True)
-    ended, shares = {}, sum(wanted.values())
+    ended, started, shares = {}, [], sum(wanted.values())
     for name, share in wanted.items():
         left = deadline - time.monotonic() - START
         # What earlier sections did not use goes to the later ones.
         seconds = min(left, left * share / shares * (1 if share == shares else 1.15))
         shares -= share
-        ended[name] = start_section(name, seconds - START, args) if seconds > 2 * START else "had no time left"
-        write(output, args.preset, ended)
+        ended[name] = "had no time left"
+        if seconds > 2 * START:
+            started.append(name)
+            ended[name] = start_section(name, seconds - START, args)
+        write(output, output / PARTS, args.preset, ended)
+    logs = [f"== {name}\n{(output / PARTS / f'{name}.log').read_text(errors='replace')}" for name in started]
+    (output / "gpu.log").write_text("\n".join(logs), encoding="utf-8")
+    shutil.rmtree(output / PARTS)
     print((output / "gpu.md").read_text(encoding="utf-8"))
     return 0
 

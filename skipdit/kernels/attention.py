@@ -56,11 +56,11 @@ def fused_attention(qkv: torch.Tensor, axis: int = -2) -> torch.Tensor:
 def _fits(qkv: torch.Tensor, axis: int) -> bool:
     obstacle = ""
     if (qkv.ndim, axis) not in ((5, -2), (6, -2), (6, -3)):
-        obstacle = "only frames or patches of [B, (F,) P, D] are handled"
+        obstacle = "it runs along F or P of [B, (F,) P, D] only"
     elif qkv.shape[axis - 2] > MAX_LENGTH.get(qkv.dtype, 64):
         obstacle = f"sequences of {qkv.dtype} are longer than {MAX_LENGTH.get(qkv.dtype, 64)}"
     elif qkv.shape[-1] > MAX_HEAD_SIZE:
-        obstacle = f"a head is larger than {MAX_HEAD_SIZE}"
+        obstacle = f"heads are larger than {MAX_HEAD_SIZE}"
     return usable("attention", qkv, obstacle=obstacle)
 
 

@@ -73,23 +73,24 @@ def usable(name: str, *tensors: torch.Tensor, obstacle: str = "") -> bool:
     device = tensors[0].device
     for tensor in tensors:
         if type(tensor) not in PLAIN_TENSORS:
-            obstacle = obstacle or "of tensors that are not plain ones"
+            obstacle = obstacle or "they are no plain tensors"
         elif tensor.dtype not in DTYPES:
-            obstacle = obstacle or f"of {tensor.dtype}"
+            obstacle = obstacle or f"they are of {tensor.dtype}"
         elif tensor.device != device:
-            obstacle = obstacle or "its inputs lie on several devices"
+            obstacle = obstacle or "they lie on several devices"
     return _decide(name, device.type, device.index, obstacle)
 
 
 @torch.compiler.assume_constant_result
 def _decide(name: str, device: str, index: int | None, obstacle: str) -> bool:
     can_run, reason = available(device if index is None else f"{device}:{index}")
-    if can_run and not obstacle:
-        return True
-    _tell(name, obstacle if can_run else reason)
-    return False
+    if not can_run:
+        _tell(logging.WARNING, f"The {name} kernel is not used, because {reason}; PyTorch's own operations are.")
+    elif obstacle:
+        _tell(logging.INFO, f"The {name} kernel is not used for some inputs, because {obstacle}.")
+    return can_run and not obstacle
 
 
 @lru_cache
-def _tell(name: str, reason: str) -> None:
-    log.warning("The %s kernel is not used, because %s; PyTorch's own operations do its work.", name, reason)
+def _tell(level: int, line: str) -> None:
+    log.log(level, line)

@@ -23,7 +23,7 @@ def fused_linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
         return linear_gelu(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):  # casts that an operator of our own does not get
         return linear_gelu(x, weight, bias)
-    mixed = "" if x.dtype == weight.dtype == bias.dtype else "its inputs differ in dtype"
+    mixed = "" if x.dtype == weight.dtype == bias.dtype else "they differ in dtype"
     if not usable("mlp", x, weight, bias, obstacle=mixed):
         return linear_gelu(x, weight, bias)
     return _linear_gelu(x, weight, bias)

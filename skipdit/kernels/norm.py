@@ -84,7 +84,7 @@ def _obstacle(x: torch.Tensor, *vectors: torch.Tensor) -> str:
 
 
 def _unlike(x: torch.Tensor, y: torch.Tensor) -> str:
-    return "" if x.shape == y.shape else "the two sides of a residual differ in shape"
+    return "" if x.shape == y.shape else "the two sides of the residual differ in shape"
 
 
 def _promoted(*tensors: torch.Tensor) -> torch.dtype:

@@ -1,0 +1,104 @@
+"""What the measurement of a card rests on, as far as a CPU shows it: the sampler that graphs hold, records, tables."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import report
+from gpu.common import PRESETS, Record, build, device_seconds, error, variant
+from gpu.models import GRAPHED, WAYS, graph_runs, inputs_of, pipeline_runs
+from gpu.pieces import pieces_of
+
+CPU = torch.device("cpu")
+TINY = replace(PRESETS["tiny"], steps=12)
+
+
+def test_the_sampler_that_graphs_hold_gives_the_pipeline_s_latents():
+    model = variant(build(TINY, CPU), torch.float32)
+    noise = inputs_of(TINY, 2, CPU, torch.float32)[0]
+    graphed, plain = (runs(model, TINY, 2, noise, *d) for runs, d in ((graph_runs, (CPU,)), (pipeline_runs, ())))
+    for interval in (1, 2, 4):
+        (schedule, mine), (expected_schedule, expected) = graphed[interval], plain[interval]
+        assert schedule == expected_schedule and schedule.count(True) == {1: 12, 2: 7, 4: 4}[interval]
+        assert error(mine(), expected()) < 1e-5
+    assert error(plain[4][1](), plain[1][1]()) > 1e-3  # the cache has done something
+
+
+def test_every_way_to_compute_a_piece_computes_the_same():
+    torch.manual_seed(0)
+    for name, ways, inputs, moved, _ in pieces_of(TINY, CPU, 2):
+        plain = [way for way in ways if not way.startswith("kernel") and way not in ("compiled", "linear alone")]
+        results = [ways[way](*inputs[0]) for way in plain]
+        results = [result[1] if isinstance(result, tuple) else result for result in results]
+        assert all(error(result, results[0].double()) < 1e-2 for result in results), name
+        assert moved > 0
+
+
+def test_a_way_under_graphs_is_one_of_the_ways():
+    assert GRAPHED in WAYS
+
+
+def test_error_is_relative():
+    assert error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+
+
+def test_device_seconds_divides_by_the_inputs():
+    seen = []
+    found = device_seconds(seen.append, [(1,), (2,)], CPU, repeats=3)
+    assert seen == [1, 2] * 5  # two to warm up
+    assert found["graph"] is False and 0 < found["seconds"] < 1e-2
+
+
+def test_a_record_outlives_failures_and_keeps_to_its_time(tmp_path, capsys):
+    record = Record(tmp_path / "part.json", seconds=100, device=CPU)
+    assert record.attempt("good", lambda: {"a": 1.5, "b": float("nan")}) == {
+        "a": 1.5,
+        "b": pytest.approx(float("nan"), nan_ok=True),
+    }
+    assert record.attempt("bad", lambda: 1 / 0) is None
+    assert record.attempt("long", lambda: {}, seconds=200) is None
+    found = json.loads((tmp_path / "part.json").read_text())
+    assert found["items"] == {"good": {"a": 1.5, "b": "nan"}}
+    assert found["errors"]["bad"]["message"] == "ZeroDivisionError: division by zero"
+    assert found["skipped"] == ["long"]
+    assert "bad FAILED" in capsys.readouterr().out
+
+
+def forward_item(full: float, reused: float, graph: float | None = None) -> dict:
+    times = {"operations": 7.7e12, "set_up": 1.0}
+    item = {"full": {"seconds": full, **times}, "reused": {"seconds": reused, **times}, "error": 4e-3}
+    if graph:
+        item["reused"]["graph_seconds"] = graph
+    return item
+
+
+def test_the_report_judges_targets_and_names_what_is_missing(tmp_path):
+    part = {
+        "items": {"B2 eager": forward_item(28e-3, 3e-3), "B2 compiled": forward_item(13e-3, 2.4e-3, graph=1.9e-3)},
+        "errors": {"B8 eager": {"message": "OutOfMemoryError: 1\n2"}},
+        "skipped": ["B2 compiled whole"],
+    }
+    (tmp_path / "forward.json").write_text(json.dumps(part))
+    report.write(tmp_path, tmp_path, "xl", {"forward": "was stopped", "training": "had no time left"})
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| full forward, one clip with guidance | 13.5 ms | 13 ms | B2 compiled | yes |" in text
+    assert "| reused step, one clip with guidance | 2 ms | 1.9 ms | B2 compiled | yes |" in text
+    assert "| training | 40 clips/s |  | not measured |  |" in text
+    assert "This section was stopped." in text and "FAILED B8 eager: OutOfMemoryError: 1\n" in text
+    assert "No time was left for: B2 compiled whole." in text
+    assert json.loads((tmp_path / "gpu.json").read_text())["sections"]["training"]["items"] == {}
+
+
+def test_one_section_from_the_command_line(tmp_path):
+    script = Path(__file__).with_name("measure_gpu.py")
+    options = ["--device", "cpu", "--preset", "tiny", "--only", "rates", "--output", str(tmp_path)]
+    ran = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.log", "gpu.md"]
+    section = json.loads((tmp_path / "gpu.json").read_text())["sections"]["rates"]
+    assert section["ended"] == "ended" and not section["errors"]
+    assert section["items"]["memory"]["rate"] > 0
