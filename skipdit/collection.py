@@ -43,6 +43,7 @@ class Collection:
     def __init__(self, folder: Path, plan: SamplePlan):
         self.folder, self.plan = folder, plan
         self.formats = set(plan.config.format) or ({"shards"} if plan.source.is_video else {"npz"})
+        self.kept = self.formats  # and those of earlier calls, once these are known to be of the same samples
         self.shape = plan.source.shape(plan.config.image_size, plan.config.num_frames)
         size = plan.config.samples_per_shard if self.formats & {"npz", "shards"} else 1
         self.parts = [range(first, min(first + size, plan.count)) for first in range(0, plan.count, size)]
@@ -138,6 +139,7 @@ class Collection:
                 f"{self.folder} holds samples of other settings ({', '.join(map(self._shown(before), changed))}): "
                 "choose another output, or remove that folder."
             )
+        self.kept = self.formats | set(before.get("formats", ()))
 
     def _shown(self, before: dict[str, Any]):
         def show(name: str) -> str:
@@ -188,7 +190,7 @@ class Collection:
             shards = [self._shard(part) for part in self.parts]
             join_npz(self.folder / WHOLE, shards, (self.plan.count, *self.shape), self._labels(range(self.plan.count)))
         self._write_manifest(complete=True)
-        if "shards" not in self.formats and "npz" in self.formats:
+        if "shards" not in self.kept and "npz" in self.kept:
             shutil.rmtree(self.folder / SHARDS, ignore_errors=True)
 
     def files(self) -> list[str]:
@@ -203,7 +205,8 @@ class Collection:
 
     def _write_manifest(self, complete: bool) -> None:
         with written_whole(self.folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(self.about | {"complete": complete}), encoding="utf-8")
+            about = self.about | {"formats": sorted(self.kept), "complete": complete}
+            temporary.write_text(json.dumps(about), encoding="utf-8")
 
 
 def _hash_model(plan: SamplePlan) -> str:

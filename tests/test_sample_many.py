@@ -380,6 +380,14 @@ def test_only_missing_clips_are_sampled_when_only_frames_are_wanted(folders, who
     assert frames == {name: value for name, value in whole.items() if name.startswith("frames/")}
 
 
+def test_another_format_is_added_to_what_is_there(folders, whole, tmp_path):
+    config = settings(folders["video"], tmp_path)
+    generate(replace(config, format=["shards"]))
+    assert generate(replace(config, format=["npz"])).made == 0  # joined from the shards, which stay
+    assert generate(replace(config, format=["frames"])).made == TOTAL
+    assert content(tmp_path) == whole
+
+
 def test_processes_share_evenly():
     items = list(range(11))
     for parts in (1, 2, 3, 8, 20):
