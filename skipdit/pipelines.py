@@ -286,11 +286,27 @@ def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> tor
 class SkipLattePipeline(SkipPipeline):
     """Class-to-video with `SkipLatteTransformer3DModel`.
 
+    Args:
+        transformer, vae, scheduler, class_names: As for every pipeline here.
+        frame_interval: Every how many-th frame of its training videos the network saw; stored with the pipeline, so
+            that an evaluation can tell whether real clips are like the generated ones. None: not known.
+
     Example:
         >>> pipe = SkipLattePipeline.from_pretrained("pretrained/digits")
         >>> pipe.transformer.enable_cache(SkipCacheConfig.parse("N2-900-50"))
         >>> frames = pipe(class_labels=["three", 7], generator=torch.manual_seed(0)).frames
     """
+
+    def __init__(
+        self,
+        transformer: SkipBackbone,
+        vae: AutoencoderKL | AutoencoderTiny,
+        scheduler: SchedulerMixin,
+        class_names: Sequence[str] | dict[str, str] | None = None,
+        frame_interval: int | None = None,
+    ):
+        super().__init__(transformer, vae, scheduler, class_names)
+        self.register_to_config(frame_interval=frame_interval)
 
     def _latent_shape(self, batch: int, num_frames: int | None, height: int | None, width: int | None) -> tuple:
         cfg = self.transformer.config

@@ -84,7 +84,13 @@ def test_distances_to_real_clips_are_in_the_table(folders, tmp_path):
     torch.save(torch.randint(0, 255, (4, 10, 16, 16, 3), dtype=torch.uint8), real)
     tiny_pipeline(num_frames=10).save_pretrained(tmp_path / "long")
     detector = write_detector(tmp_path / "detector.pt")
-    words = [f"model={tmp_path}/long", "caches=[N1-1000-0, N3]", f"real.path={real}", f"i3d={detector}", "equal_time=false"]
+    words = [
+        f"model={tmp_path}/long",
+        "caches=[N1-1000-0, N3]",
+        f"real.path={real}",
+        f"i3d={detector}",
+        "equal_time=false",
+    ]
     report = compare(settings(folders, tmp_path, *words))
     rows = by_name(report)
     assert rows["no cache"]["fvd"] == rows["Skip-Cache N1-1000-0"]["fvd"] > 0

@@ -196,7 +196,9 @@ def test_sides_that_differ_are_refused_unless_forced(detector, clips, tmp_path):
         evaluate(settings(detector, tmp_path, *words))
     forced = evaluate(settings(detector, tmp_path, *words, "num_frames=10", "force=true", "real.max_bad_share=0.5"))
     assert any("Forced although" in warning for warning in forced["warnings"])
-    made_at = evaluate(settings(detector, tmp_path, *words, "num_frames=9", "generated.made_at=2", "real.max_bad_share=.5"))
+    made_at = evaluate(
+        settings(detector, tmp_path, *words, "num_frames=9", "generated.made_at=2", "real.max_bad_share=.5")
+    )
     assert made_at["generated"]["settings"]["frame_interval"] == 2
 
 
@@ -243,7 +245,14 @@ def test_pairs(tmp_path):
 
 
 def test_the_command_writes_a_table_and_figures(detector, clips, tmp_path, capsys):
-    words = [f"i3d={detector}", f"real.path={clips}", f"generated.path={clips}", "clips=3", "num_workers=0", "num_frames=12"]
+    words = [
+        f"i3d={detector}",
+        f"real.path={clips}",
+        f"generated.path={clips}",
+        "clips=3",
+        "num_workers=0",
+        "num_frames=12",
+    ]
     words += ["metrics=[fvd,is]", f"output={tmp_path}/out", f"cache_dir={tmp_path}/cache"]
     assert main(["evaluate", *words]) == 0
     table = (tmp_path / "out" / "evaluation.md").read_text()

@@ -39,6 +39,9 @@ SIDEWAYS = {
     ("diffusion", "schedulers"),  # both need the noise schedule
     ("gallery", "media"),
     ("weights", "checkpoints"),
+    ("training", "evaluation"),  # FVD while it trains
+    ("training", "sampling"),  # noise of a sample
+    ("evaluation", "sampling"),  # samples what it evaluates
     ("convert", "sampling"),  # reads autoencoders and class names the same way
     ("sampling", "registry"),  # names the download command of a checkpoint that is not there
 }
@@ -51,6 +54,7 @@ SCHEMAS = {
     "train.yaml": "skipdit.training.config:TrainConfig",
     "encode.yaml": "skipdit.training.encoding:EncodeConfig",
     "vae.yaml": "skipdit.training.autoencoder:AutoencoderConfig",
+    "evaluate.yaml": "skipdit.evaluation.evaluate:EvaluateConfig",
 }
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name != "accelerate")
 NAME_OF_IMPORT = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}

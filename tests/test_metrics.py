@@ -78,7 +78,10 @@ def test_statistics_survive_a_file(tmp_path):
     save_statistics(path, {"i3d": gathered}, {"clips": 7})
     parts, about = load_statistics(path)
     assert about == {"clips": 7} and parts["i3d"].moments.count == 7
-    for one, other in ((parts["i3d"].moments.scatter, gathered.moments.scatter), (parts["i3d"].features, gathered.features)):
+    for one, other in (
+        (parts["i3d"].moments.scatter, gathered.moments.scatter),
+        (parts["i3d"].features, gathered.features),
+    ):
         assert torch.equal(one, other)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match="delete it and run again"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -13,15 +14,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_child
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from scripted_detector import write_detector
 from torch.utils.data import Dataset
 
 from skipdit.config import load_config
 from skipdit.errors import UnreadableError, UserError
+from skipdit.evaluation.metrics import frechet_distance
+from skipdit.evaluation.networks import load_detector
+from skipdit.evaluation.sides import DigitsSide
+from skipdit.evaluation.statistics import Moments
 from skipdit.operations import count_operations
 from skipdit.pipelines import SkipLattePipeline
+from skipdit.streaming import sample_generators
 from skipdit.training import checkpointing
 from skipdit.training.config import TrainConfig
 from skipdit.training.data import DATA_SETS
@@ -187,6 +195,44 @@ def test_killed_and_asked_to_stop_runs_resume(trainer, words, tmp_path):
     assert [entry["step"] for entry in log_of(output)] == list(range(1, 121))
     ours, theirs = log_of(output), log_of(tmp_path / "whole")
     assert all(a["loss"] == b["loss"] and a["lr"] == b["lr"] for a, b in zip(ours, theirs, strict=True))
+
+
+KILLS = 20
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_weights(trainer, words, tmp_path):
+    """Every step is saved, so about half of the kills fall into the writing of a checkpoint."""
+    long = ("max_steps=80", "save_every=1", "keep_last=2")
+    trainer("whole", *long).fit()
+    forking, rng, output = training_child.context(), random.Random(0), tmp_path / "killed"
+    survivors = []
+    for _ in range(KILLS):
+        process = forking.Process(target=training_child.run, args=(words("killed", *long, "resume=latest"),))
+        process.start()
+        began = time.monotonic()
+        before = reached(output)
+        # From the first sign of work on, so that a slow machine gets on too.
+        while reached(output) == before and process.is_alive() and time.monotonic() < began + 60:
+            time.sleep(0.002)
+        process.join(rng.uniform(0, 0.12))
+        assert process.is_alive(), "it ended before it could be killed: raise max_steps"
+        process.kill()
+        process.join()
+        survivors.append(reached(output))
+        for _, folder in checkpointing.list_checkpoints(output):
+            assert checkpointing.read_trainer_state(folder)["step"] == int(folder.name[-7:])  # none is half-written
+    assert survivors == sorted(survivors) and survivors[-1] < 80
+    trainer("killed", *long, "resume=latest").fit()
+    assert_same_state(final(output), final(tmp_path / "whole"))
+    assert [entry["step"] for entry in log_of(output)] == list(range(1, 81))
+    left = {path.name for path in (output / "checkpoints").iterdir()}
+    assert left == {"step-0000079", "step-0000080"}  # nothing half-written stays either
+
+
+def reached(output: Path) -> int:
+    """Step of the last whole checkpoint; 0 without one."""
+    found = checkpointing.list_checkpoints(output) if output.is_dir() else []
+    return found[-1][0] if found else 0
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(trainer, tmp_path):
@@ -521,6 +567,37 @@ def test_exported_pipeline_has_the_average_and_samples(trainer, tmp_path):
     pipeline.to(torch.float32).set_progress_bar_config(disable=True)
     clips = pipeline(class_labels=["three"], num_inference_steps=2, output_type="np").frames
     assert clips.shape == (1, 4, 16, 16, 3)
+
+
+def test_fvd_is_measured_while_it_trains(trainer, tmp_path):
+    detector = write_detector(tmp_path / "detector.pt")
+    longer = "{sample_size: 8, patch_size: 2, hidden_size: 32, depth: 4, num_heads: 2, num_frames: 9, num_classes: 10}"
+    words = (f"model.arguments={longer}", "data.arguments={num_frames: 9, size: 16, length: 10}", "max_steps=4")
+    fvd = ("fvd.every=2", "fvd.clips=6", "fvd.real_clips=8", "fvd.steps=2", f"fvd.i3d={detector}", "fvd.batch_size=4")
+    trainer("out", *words, *fvd, "export_dtype=float32").fit()
+    found = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    found = {entry["step"]: entry["fvd"] for entry in found if "fvd" in entry}
+    assert list(found) == [2, 4]
+    # The same figure from the finished pipeline, the same noise and clips.
+    pipeline = SkipLattePipeline.from_pretrained(tmp_path / "out/pipeline")
+    assert pipeline.config.frame_interval is None  # digits have none
+    real, generated = Moments.empty(400), Moments.empty(400)
+    network = load_detector("i3d", detector)
+    for batch in DigitsSide(8, 9, (16, 16), seed=1).batches(4, 0):
+        real.update(network.features(batch))
+    noise = sample_generators(0, range(6))
+    frames = pipeline(list(range(6)), 2, 1.0, noise, output_type="pt").frames
+    generated.update(network.features((frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)))
+    assert found[4] == pytest.approx(frechet_distance(real, generated), rel=1e-3)
+    trainer("plain", *words).fit()  # and the training does not notice
+    assert_same_state(final(tmp_path / "out"), final(tmp_path / "plain"))
+
+
+def test_fvd_that_cannot_be_had_is_refused(trainer, tmp_path):
+    with pytest.raises(UserError, match="missing.pt"):
+        trainer("out", "fvd.every=2", "fvd.i3d=missing.pt")
+    with pytest.raises(UserError, match="clips of 9 frames, this run has 4"):
+        trainer("out", "fvd.every=2", f"fvd.i3d={write_detector(tmp_path / 'detector.pt')}")
 
 
 def test_unconditional_training(trainer, tmp_path):

@@ -102,6 +102,20 @@ class DiagnosticsConfig:
 
 
 @dataclass
+class FvdConfig:
+    """Frechet video distance of the averaged weights to the training data, while it trains."""
+
+    every: int = 0  # steps; 0: never
+    clips: int = 256  # sampled each time, over all processes; labels take turns
+    real_clips: int = 2048  # of the training data, at most; their statistics are kept in the output folder
+    guidance_scale: float = 1.0
+    steps: int = 50
+    batch_size: int = 8  # clips at once on each process
+    seed: int = 0
+    i3d: str | None = None  # weights of I3D; null: as downloaded (metrics/i3d-kinetics-400)
+
+
+@dataclass
 class TrainConfig:
     """One training run. `batch_size` is global: the same run on more processes takes less on each."""
 
@@ -115,6 +129,7 @@ class TrainConfig:
     objective: Objective = field(default_factory=Objective)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    fvd: FvdConfig = field(default_factory=FvdConfig)
 
     output: str = "outputs/train"
     max_steps: int = 100_000
@@ -153,6 +168,10 @@ class TrainConfig:
         _at_least(0, "diagnostics.every", self.diagnostics.every)
         _at_least(1, "diagnostics.clips", self.diagnostics.clips)
         _at_least(2, "diagnostics.steps", self.diagnostics.steps)
+        _at_least(0, "fvd.every", self.fvd.every)
+        _at_least(0, "fvd.seed", self.fvd.seed)
+        for name, least in (("clips", 2), ("real_clips", 2), ("steps", 1), ("batch_size", 1)):
+            _at_least(least, f"fvd.{name}", getattr(self.fvd, name))
         _one_of("optimizer.name", self.optimizer.name, ("adamw", "adamw8bit"))
         _at_least(1, "max_dropped_steps", self.max_dropped_steps)
         _at_least(1, "data.encode_batch", self.data.encode_batch)

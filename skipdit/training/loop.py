@@ -19,12 +19,14 @@ from tqdm import tqdm
 from ..config import load_config, save_config, setting_name
 from ..errors import UserError
 from ..files import check_writable
+from ..pipelines import SkipPipeline
 from . import checkpointing, diagnostics, samples
 from .batches import BatchLosses
 from .build import build_accelerator, build_model, check_fit, load_vae
 from .config import TrainConfig
 from .data import LatentClips, build_data, precompute_latents
 from .diagnostics import TimestepBins
+from .fvd import FvdMeter
 from .initial import load_initial
 from .optimizing import WeightAverage, build_optimizer, lr_multiplier, set_learning_rates
 from .order import GlobalOrder, read_batches
@@ -77,6 +79,7 @@ class Trainer:
         self.loaded = set(saved["loaded"]) if saved else load_initial(model, config.init)
         check_fit(model, self.vae, self.dataset, self.class_names, config.data, config.vae)
         self.preview_classes = samples.check_preview(config.preview, model, self.class_names)
+        self.fvd = FvdMeter(config.fvd, config.data, self.output, self.accelerator) if config.fvd.every else None
 
         self.step, self.dropped, self.dropped_in_a_row = 0, 0, 0
         self.unreadable: set[int] = set()  # items that this process could not read
@@ -180,6 +183,8 @@ class Trainer:
         cfg, step = self.config, self.step
         if cfg.diagnostics.every and step % cfg.diagnostics.every == 0:
             self._attempt("diagnostics", lambda: progress.note(step, {"diagnostics": self._diagnose()}))
+        if self.fvd and (step % cfg.fvd.every == 0 or step == cfg.max_steps):
+            self._attempt("FVD", lambda: progress.note(step, self._measure_fvd()))
         if step == cfg.max_steps:
             return
         if step % cfg.save_every == 0:
@@ -313,6 +318,16 @@ class Trainer:
             similarity = diagnostics.feature_similarity(self.module, latents, labels, self.config.objective, cfg.steps)
         return {**norms, "feature_similarity": sum(similarity) / len(similarity)}
 
+    def _measure_fvd(self) -> dict[str, float]:
+        """Of the averaged weights; every process samples its share."""
+        with torch.random.fork_rng(devices=[]):
+            return self.fvd.measure(self._pipeline(self.average.state(), "ddim"))
+
+    def _pipeline(self, averages: dict[str, torch.Tensor], sampler: str) -> SkipPipeline:
+        """With these weights, on this process's device."""
+        model = samples.model_with(self.module, averages).to(self.accelerator.device)
+        return samples.make_pipeline(model, self.vae, self.class_names, self.config, sampler)
+
     # ------------------------------------------------------------------ what it leaves on the disk
 
     def _save(self) -> Path:
@@ -349,8 +364,7 @@ class Trainer:
 
         def export() -> None:
             model = samples.model_with(self.module, averages)
-            dtype, objective = self.config.export_dtype, self.config.objective
-            samples.export_pipeline(model, self.vae, self.class_names, objective, dtype, self.output / "pipeline")
+            samples.export_pipeline(model, self.vae, self.class_names, self.config, self.output / "pipeline")
 
         if self.is_main:
             export() if must else self._attempt("export", export)
@@ -359,11 +373,9 @@ class Trainer:
         averages = self.average.state()
 
         def preview() -> None:
-            cfg = self.config.preview
-            model = samples.model_with(self.module, averages).to(self.accelerator.device)
-            pipeline = samples.make_pipeline(model, self.vae, self.class_names, self.config.objective, cfg.sampler)
+            pipeline = self._pipeline(averages, self.config.preview.sampler)
             path = self.output / "samples" / f"step-{self.step:07d}"
-            samples.write_preview(pipeline, cfg, self.preview_classes, path)
+            samples.write_preview(pipeline, self.config.preview, self.preview_classes, path)
 
         if self.is_main:
             preview() if must else self._attempt("preview", preview)

@@ -9,14 +9,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..cache import SkipCacheConfig
-from ..diffusion import Objective
 from ..errors import UserError
 from ..files import written_whole
 from ..media import Pixels, make_grid, to_uint8, write_gif, write_png
 from ..models import SkipBackbone, SkipLatteTransformer3DModel
-from ..pipelines import SkipDiTPipeline, SkipLattePipeline
+from ..pipelines import SkipDiTPipeline, SkipLattePipeline, SkipPipeline
 from ..schedulers import make_scheduler
-from .config import PreviewConfig
+from .config import PreviewConfig, TrainConfig
 
 FPS = 8
 
@@ -69,13 +68,15 @@ def make_pipeline(
     model: SkipBackbone,
     vae: AutoencoderKL,
     class_names: list[str] | None,
-    objective: Objective,
+    config: TrainConfig,
     sampler: str = "ddim",
-):
+) -> SkipPipeline:
     """The pipeline class that goes with the backbone, set up with a sampler for what it was trained to predict."""
-    kind = SkipLattePipeline if isinstance(model, SkipLatteTransformer3DModel) else SkipDiTPipeline
-    scheduler = make_scheduler(sampler, **objective.sampler_settings)
-    return kind(transformer=model, vae=vae, scheduler=scheduler, class_names=class_names)
+    scheduler = make_scheduler(sampler, **config.objective.sampler_settings)
+    parts = {"transformer": model, "vae": vae, "scheduler": scheduler, "class_names": class_names}
+    if isinstance(model, SkipLatteTransformer3DModel):
+        return SkipLattePipeline(**parts, frame_interval=config.data.arguments.get("frame_interval"))
+    return SkipDiTPipeline(**parts)
 
 
 @torch.no_grad()
@@ -126,14 +127,13 @@ def export_pipeline(
     model: SkipBackbone,
     vae: AutoencoderKL,
     class_names: list[str] | None,
-    objective: Objective,
-    dtype: str,
+    config: TrainConfig,
     folder: Path,
 ) -> None:
-    """Save a pipeline with the DDIM sampler in this dtype; `model` is converted in place, `vae` copied."""
-    kind = getattr(torch, dtype)
+    """Save a pipeline with the DDIM sampler in the dtype asked for; `model` is converted in place, `vae` copied."""
+    kind = getattr(torch, config.export_dtype)
     # nn.Module.to, because that of diffusers warns of modules kept in float32, of which there are none.
     parts = [torch.nn.Module.to(module, kind) for module in (model, copy.deepcopy(vae))]
-    pipeline = make_pipeline(*parts, class_names, objective)
+    pipeline = make_pipeline(*parts, class_names, config)
     with written_whole(folder) as temporary:
         pipeline.save_pretrained(temporary)
