@@ -15,8 +15,9 @@ import torch
 
 from skipdit import create_model, kernels
 from skipdit.kernels import dispatch
+from skipdit.kernels.float8 import Float8Linear, float8_available, quantize_rows
 from skipdit.kernels.tiles import groups_of, power_of_two, split
-from skipdit.models.layers import use_kernels
+from skipdit.models.layers import use_float8, use_kernels
 
 HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -122,6 +123,7 @@ def pretend_card(monkeypatch, capability=(9, 0), triton=True):
 
 
 def test_cards_and_installations_that_lack_the_kernels(monkeypatch):
+    assert float8_available("meta") == (False, "meta is not a CUDA device")
     old = "Card has compute capability 7.5, and 8.0 is needed"
     assert pretend_card(monkeypatch, capability=(7, 5)) == (False, old)
     assert pretend_card(monkeypatch, triton=False) == (False, "Triton is not installed")
@@ -184,7 +186,7 @@ def test_the_mlp_kernel_is_left_out_where_a_gradient_is_wanted(on_a_card):
 def test_without_triton_everything_is_plain():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from skipdit import create_model; from skipdit.models.layers import use_kernels\n"
+        "import torch; from skipdit import create_model; from skipdit.models.layers import use_float8, use_kernels\n"
         "model = create_model('Latte-S/8-skip', depth=4, hidden_size=24, num_heads=2)\n"
         "use_kernels(model); print(*model(torch.zeros(1, 4, 2, 16, 16), torch.tensor([5])).sample.shape)"
     )
@@ -231,6 +233,60 @@ def test_the_plain_way_is_one_graph_when_compiled():
     found = torch.compile(model, fullgraph=True, backend=keep)(*inputs).sample
     assert torch.equal(found, expected)
     assert len(graphs) == 1 and "skipdit" not in graphs[0].code.replace("skipdit_", "")
+
+
+# ---------------------------------------------------------------------- float8
+
+
+def test_rows_are_scaled_to_the_range_of_float8():
+    values = torch.tensor([[448.0, -224.0, 1.0], [0.5, 0.25, 0.0], [0.0, 0.0, 0.0]])
+    rows, scale = quantize_rows(values)
+    assert rows.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(scale[:2], torch.tensor([[1.0], [0.5 / 448]]))
+    torch.testing.assert_close(rows.float() * scale, values)  # all of them are floats of 3 bits
+
+
+def test_a_float8_layer_is_the_product_of_the_rounded_sides():
+    linear = torch.nn.Linear(32, 48).to(torch.bfloat16)
+    x = torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    layer = Float8Linear(linear)
+    (weight, weight_scale), (rows, scale) = quantize_rows(linear.weight), quantize_rows(x.view(-1, 32))
+    expected = (rows.float() * scale) @ (weight.float() * weight_scale).T + linear.bias.float()
+    found = layer(x)
+    assert found.dtype == torch.bfloat16 and found.shape == (2, 5, 48)
+    torch.testing.assert_close(found.float().view(-1, 48), expected, atol=0.02, rtol=0.01)
+    exact = linear(x).float()
+    assert 0.005 < (found.float() - exact).norm() / exact.norm() < 0.05
+
+
+def test_float8_in_a_model_and_in_one_graph():
+    sizes = {"depth": 4, "hidden_size": 32, "num_heads": 2, "sample_size": 4, "num_frames": 2, "num_classes": 5}
+    model = create_model("Latte-S/2-skip", **sizes).to(torch.bfloat16).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs = torch.randn(2, 4, 2, 4, 4, dtype=torch.bfloat16), torch.tensor([3, 800]), torch.tensor([1, 4])
+    expected = model(*inputs).sample
+    use_float8(model)
+    kinds = [type(m) for m in model.blocks.modules()].count(Float8Linear), type(model.skip_linears[0].linear)
+    assert kinds == (16, torch.nn.Linear)
+    found = model(*inputs).sample
+    error = (found - expected).float().norm() / expected.float().norm()
+    assert 1e-3 < error < 0.1
+    use_kernels(model)  # the MLP's has no say over layers of float8
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs).sample, found)
+
+
+def test_what_float8_refuses(monkeypatch):
+    model, _ = tiny_inputs()
+    with pytest.raises(ValueError, match="24 to 72 is not in multiples of 16"):
+        use_float8(model)
+    with pytest.raises(ValueError, match="No float8 layers 'norm': choose from attention, mlp, skips"):
+        use_float8(model, ["norm"])
+    pretend_card(monkeypatch, (8, 0))
+    assert float8_available("cuda") == (False, "Card has compute capability 8.0, and 8.9 is needed")
+    pretend_card(monkeypatch, (9, 0))
+    assert float8_available("cuda") == (True, "Card")
 
 
 # ---------------------------------------------------------------------- the kernels themselves

@@ -10,6 +10,7 @@ through them, once: they have no second derivative.
 
 from .attention import attention, fused_attention
 from .dispatch import available
+from .float8 import Float8Linear, float8_available
 from .mlp import fused_linear_gelu, linear_gelu
 from .norm import (
     fused_gate_residual,
@@ -25,8 +26,10 @@ KERNELS = ("attention", "norm", "mlp")
 
 __all__ = [
     "KERNELS",
+    "Float8Linear",
     "attention",
     "available",
+    "float8_available",
     "fused_attention",
     "fused_gate_residual",
     "fused_gate_residual_norm",

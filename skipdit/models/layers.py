@@ -14,7 +14,9 @@ from torch import nn
 
 from ..kernels import (
     KERNELS,
+    Float8Linear,
     attention,
+    float8_available,
     fused_attention,
     fused_gate_residual,
     fused_gate_residual_norm,
@@ -44,6 +46,30 @@ def use_kernels(model: nn.Module, names: Collection[str] = KERNELS) -> None:
     for module in model.modules():
         if isinstance(module, Attention | Mlp | Block | FinalLayer):
             module.kernels = tuple(names)
+
+
+def use_float8(model: nn.Module, names: Collection[str] = ("attention", "mlp")) -> None:
+    """Replace linear layers of a model's blocks by float8 ones, for good: faster inference, less exact.
+
+    The layers that condition, embed and give the output stay as they are. The model is in its dtype and on its device
+    already; it can be neither trained, saved nor cast afterwards.
+
+    Args:
+        model: A backbone, or a part of one.
+        names: Some of "attention" (its two layers), "mlp" and "skips".
+
+    Raises:
+        ValueError: A name is not known, the device has no products of float8, or a size is no multiple of 16.
+    """
+    if unknown := set(names) - set(FLOAT8_LAYERS):
+        raise ValueError(f"No float8 layers {sorted(unknown)[0]!r}: choose from {', '.join(FLOAT8_LAYERS)}.")
+    can, reason = float8_available(next(model.parameters()).device)
+    if not can:
+        raise ValueError(f"Linear layers cannot run in float8: {reason}.")
+    chosen = dict(FLOAT8_LAYERS[name] for name in names)
+    for module in list(model.modules()):
+        for layer in chosen.get(type(module), ()):
+            setattr(module, layer, Float8Linear(getattr(module, layer)))
 
 
 def sincos_1d(dim: int, positions: torch.Tensor) -> torch.Tensor:
@@ -209,3 +235,10 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=-1)
         norm = fused_norm_modulate if "norm" in self.kernels else norm_modulate
         return self.linear(norm(hidden_states, shift, scale, NORM_EPS))
+
+
+FLOAT8_LAYERS = {
+    "attention": (Attention, ("qkv", "proj")),
+    "mlp": (Mlp, ("fc1", "fc2")),
+    "skips": (SkipLinear, ("linear",)),
+}

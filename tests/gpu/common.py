@@ -17,7 +17,7 @@ from skipdit import create_model
 from skipdit.evaluation.bench_measure import timed
 from skipdit.files import written_whole
 from skipdit.models import SkipBackbone
-from skipdit.models.layers import use_kernels
+from skipdit.models.layers import use_float8, use_kernels
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,11 @@ def build(setting: Setting, device: torch.device) -> SkipBackbone:
 
 
 def variant(
-    base: SkipBackbone, dtype: torch.dtype, kernels: Sequence[str] = (), compiled: str | None = None
+    base: SkipBackbone,
+    dtype: torch.dtype,
+    kernels: Sequence[str] = (),
+    compiled: str | None = None,
+    float8: Sequence[str] = (),
 ) -> SkipBackbone:
     """A copy of a model that computes in another way.
 
@@ -92,10 +96,13 @@ def variant(
         dtype: Of the copy's weights.
         kernels: Names for `use_kernels`.
         compiled: None; "blocks" (every block by itself, so that compilation is short); "whole".
+        float8: Names for `use_float8`.
     """
     torch._dynamo.reset()
     model = torch.nn.Module.to(copy.deepcopy(base), dtype=dtype)
     use_kernels(model, kernels)
+    if float8:
+        use_float8(model, float8)
     if compiled == "blocks":
         model.compile_repeated_blocks(fullgraph=True)
     elif compiled == "whole":

@@ -15,16 +15,18 @@ from skipdit.pipelines import guide
 from .common import Record, Setting, build, error, median_seconds, record, timed, variant
 
 GUIDANCE_SCALE = 7.0
-# Name -> kernels, compilation. The plain ones first: a kernel that breaks the device takes nothing else along.
-WAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "eager": ((), None),
-    "compiled by block": ((), "blocks"),
-    "eager + kernels": (kernels.KERNELS, None),
-    "compiled by block + kernels": (kernels.KERNELS, "blocks"),
-    "compiled by block + attention kernel": (("attention",), "blocks"),
-    "compiled by block + attention and MLP kernels": (("attention", "mlp"), "blocks"),
-    "compiled whole + kernels": (kernels.KERNELS, "whole"),
-    "compiled whole": ((), "whole"),
+FLOAT8 = ("attention", "mlp")
+# Name -> kernels, compilation, float8. The plain ones first: a kernel that breaks the device takes nothing else along.
+WAYS: dict[str, tuple[tuple[str, ...], str | None, tuple[str, ...]]] = {
+    "eager": ((), None, ()),
+    "compiled by block": ((), "blocks", ()),
+    "eager + kernels": (kernels.KERNELS, None, ()),
+    "compiled by block + kernels": (kernels.KERNELS, "blocks", ()),
+    "compiled by block + attention kernel": (("attention",), "blocks", ()),
+    "compiled by block + attention and MLP kernels": (("attention", "mlp"), "blocks", ()),
+    "compiled by block + attention kernel + float8": (("attention",), "blocks", FLOAT8),
+    "compiled whole + kernels": (kernels.KERNELS, "whole", ()),
+    "compiled whole": ((), "whole", ()),
 }
 GRAPHED = "compiled by block + kernels"  # what CUDA graphs are put around
 SECONDS = {None: 5.0, "blocks": 15.0, "whole": 60.0}  # to expect on a card, set-up included
@@ -59,13 +61,10 @@ def forward(setting: Setting, device: torch.device, note: Record) -> None:
     quick = [(clips, way) for clips in setting.clips for way in WAYS if WAYS[way][1] != "whole"]
     slow = [(setting.clips[0], way) for way in WAYS if WAYS[way][1] == "whole"]
     for clips, way in quick + slow:
-        names, compiled = WAYS[way]
         note.attempt(
             f"B{2 * clips} {way}",
-            lambda c=clips, n=names, k=compiled, w=way: forward_way(
-                setting, device, base, references[c], c, n, k, w == GRAPHED
-            ),
-            seconds=expected_seconds(compiled, device),
+            lambda c=clips, w=way: forward_way(setting, device, base, references[c], c, w),
+            seconds=expected_seconds(WAYS[way][1], device),
         )
 
 
@@ -75,12 +74,10 @@ def forward_way(
     base: SkipBackbone,
     reference: tuple[torch.Tensor, torch.Tensor],
     clips: int,
-    names: tuple[str, ...],
-    compiled: str | None,
-    graphed: bool,
+    way: str,
 ) -> dict[str, Any]:
-    """Seconds, set-up, error, operations; with `graphed` also under a CUDA graph."""
-    model = variant(base, torch.bfloat16, names, compiled)
+    """Seconds, set-up, error, operations; the way that is GRAPHED also under a CUDA graph."""
+    model = variant(base, torch.bfloat16, *WAYS[way])
     inputs = inputs_of(setting, 2 * clips, device, torch.bfloat16)
     features = reference[1].to(torch.bfloat16)
 
@@ -101,7 +98,7 @@ def forward_way(
         result[name]["seconds"] = median_seconds(call, device, setting.repeats)
         if not reuse:
             result["error"] = error(output, reference[0])
-        if graphed and device.type == "cuda":
+        if way == GRAPHED and device.type == "cuda":
             result[name]["graph_seconds"] = median_seconds(record(call), device, setting.repeats)
     return result
 
@@ -179,19 +176,15 @@ def sampling(setting: Setting, device: torch.device, note: Record) -> None:
     for clips in setting.clips[:1]:
         noise = inputs_of(setting, clips, device, torch.float32)[0]
         references = {}
-        ways = {
-            "eager": ((), None, False),
-            "compiled by block": ((), "blocks", False),
-            "compiled by block + kernels": (kernels.KERNELS, "blocks", False),
-            "compiled by block + kernels, CUDA graphs": (kernels.KERNELS, "blocks", True),
-        }
-        for way, (names, compiled, graphed) in ways.items():
+        ways = [("eager", False), ("compiled by block", False), (GRAPHED, False), (GRAPHED, True)]
+        ways.append(("compiled by block + attention kernel + float8", True))
+        for way, graphed in ways:
             note.attempt(
-                f"{clips} clip{'s' * (clips > 1)}, {way}",
-                lambda n=names, k=compiled, g=graphed, c=clips, z=noise, r=references: sampling_way(
-                    setting, device, variant(base, torch.bfloat16, n, k), c, z, g, r
+                f"{clips} clip{'s' * (clips > 1)}, {way}{', CUDA graphs' * graphed}",
+                lambda w=way, g=graphed, c=clips, z=noise, r=references: sampling_way(
+                    setting, device, variant(base, torch.bfloat16, *WAYS[w]), c, z, g, r
                 ),
-                seconds=expected_seconds(compiled, device),
+                seconds=expected_seconds(WAYS[way][1], device),
             )
 
 
@@ -285,11 +278,10 @@ def training(setting: Setting, device: torch.device, note: Record) -> None:
     """Clips a second: forward, backward and AdamW, bf16 autocast over float32 weights, latents ready."""
     base = build(setting, device)
     for way in ("eager", "compiled by block", "compiled by block + kernels", "eager + kernels"):
-        names, compiled = WAYS[way]
         note.attempt(
             way,
-            lambda n=names, k=compiled: training_way(setting, device, variant(base, torch.float32, n, k)),
-            seconds=expected_seconds(compiled, device),
+            lambda w=way: training_way(setting, device, variant(base, torch.float32, *WAYS[w])),
+            seconds=expected_seconds(WAYS[way][1], device),
         )
     for only in kernels.KERNELS[:2]:
         note.attempt(
