@@ -227,6 +227,21 @@ def test_a_pipeline_is_sampled_without_touching_the_disk(detector, tmp_path):
     assert again["metrics"] == report["metrics"]
 
 
+def test_a_set_of_samples_is_found_and_must_be_complete(detector, tmp_path):
+    tiny_pipeline(num_frames=10).save_pretrained(tmp_path / "pipeline")
+    words = [f"model={tmp_path}/pipeline", "total=4", "steps=2", "samples_per_shard=3", f"output={tmp_path}/set"]
+    assert main(["sample", *words]) == 0
+    common = ["real.path=digits", "clips=4"]
+    found = evaluate(settings(detector, tmp_path, *common, f"generated.path={tmp_path}/set"))
+    sampling = "generated.sampling={steps: 2}"  # the same clips without a file
+    direct = evaluate(settings(detector, tmp_path, *common, f"generated.path={tmp_path}/pipeline", sampling))
+    assert found["metrics"] == direct["metrics"] and found["generated"]["clips"] == 4
+    about = tmp_path / "set/samples.json"
+    about.write_text(about.read_text().replace('"complete": true', '"complete": false'))
+    with pytest.raises(UserError, match="not complete"):
+        evaluate(settings(detector, tmp_path, *common, f"generated.path={tmp_path}/set"))
+
+
 def test_pairs(tmp_path):
     clips = np.random.default_rng(0).integers(0, 200, (3, 5, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "one.npz", arr_0=clips)

@@ -213,7 +213,7 @@ def test_config_fits_its_schema(path):
 def test_config_says_the_command_that_uses_it(path):
     header = re.match(r"(#.*\n)+", path.read_text())
     assert header, "starts with no comment"
-    commands = r"skipdit (sample|train|train-vae|encode)\b|accelerate launch .*train\.py|sample/scripts/\w+\.sh"
+    commands = r"skipdit (sample|train|train-vae|encode|evaluate) |accelerate launch .*train\.py|sample/scripts/\w+\.sh"
     assert re.search(commands, header.group()), "its header names no command"
 
 

@@ -85,6 +85,7 @@ def open_side(
         raise UserError(f"{path} is not there: pass a folder or a file of clips.")
     if (path / "model_index.json").is_file():
         return PipelineSide(path, side, config)
+    path = _samples_in(path)
     arrays = [path] if path.suffix in ARRAY_SUFFIXES else sorted(path.glob("*.npz")) if path.is_dir() else []
     interval, made_at = side.frame_interval * stride, side.made_at or 1
     if arrays:
@@ -105,6 +106,25 @@ def open_side(
         cache_dir=config.cache_dir,
     )
     return FileSide(data, config.clips, config.seed, config.paired, made_at)
+
+
+def _samples_in(path: Path) -> Path:
+    """Where the samples of a set that `skipdit sample total=...` made are; another path as it is.
+
+    Raises:
+        UserError: The set is not complete.
+    """
+    about = path / "samples.json"
+    if not about.is_file():
+        return path
+    try:
+        complete = json.loads(about.read_text(encoding="utf-8")).get("complete")
+    except ValueError as error:
+        raise UserError(f"{about} cannot be read ({error}).") from error
+    if not complete:
+        raise UserError(f"{path} is not complete: run the same 'skipdit sample total=...' again, which goes on.")
+    forms = (path / name for name in ("shards", "samples.npz", "frames", "pictures"))
+    return next((form for form in forms if form.exists()), path)
 
 
 def _pictures(path: Path, side: SideConfig, config: EvaluateConfig, size: tuple[int, int] | None) -> FileSide:
@@ -138,14 +158,9 @@ class PipelineSide:
         words = {"total": config.clips, "seed": config.seed, "device": config.device, **side.sampling}
         values = [f"{key}={json.dumps(value)}" for key, value in words.items()]
         self.config = load_config(SampleConfig, None, [f"model={json.dumps(str(folder))}", *values])
-        model = find_model(self.config).model
-        scale = 2 ** (len(json.loads((folder / "vae/config.json").read_text())["block_out_channels"]) - 1)
-        sides = model.config.sample_size
-        sides = (sides, sides) if isinstance(sides, int) else tuple(sides)
-        pixels = (self.config.image_size,) * 2 if self.config.image_size else tuple(scale * side for side in sides)
-        frames = self.config.num_frames or getattr(model.config, "num_frames", 1)
+        *frames, height, width, _ = find_model(self.config).shape(self.config.image_size, self.config.num_frames)
         interval = side.made_at or json.loads((folder / "model_index.json").read_text()).get("frame_interval") or 1
-        self.settings = settings_of(frames, interval * side.frame_interval, pixels)
+        self.settings = settings_of(frames[0] if frames else 1, interval, (height, width))
         self.identity: dict[str, Any] | None = None
         self.skipped: list[tuple[str, str]] = []
 
