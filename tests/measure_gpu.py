@@ -31,6 +31,14 @@ SECTIONS = {
 }
 PARTS = "parts"  # folder of what the sections write, merged and removed at the end
 START = 15  # seconds that a process needs before it measures
+LEAST = 15  # seconds without which a section is not worth its start
+
+
+def time_for(waiting: list[str], left: float) -> float:
+    """Seconds that the first waiting section may measure for: its share, and a little of what others seldom use."""
+    to_share = left - START * len(waiting)
+    share = to_share * SECTIONS[waiting[0]] / sum(SECTIONS[name] for name in waiting)
+    return min(max(1.15 * share, LEAST), left - START)
 
 
 def run_section(args: argparse.Namespace) -> None:
@@ -95,17 +103,15 @@ def main() -> int:
     output = Path(args.output)
     shutil.rmtree(output / PARTS, ignore_errors=True)
     (output / PARTS).mkdir(parents=True)
-    wanted = {name: share for name, share in SECTIONS.items() if not args.only or name in args.only}
-    ended, started, shares = {}, [], sum(wanted.values())
-    for name, share in wanted.items():
-        left = deadline - time.monotonic() - START
-        # What earlier sections did not use goes to the later ones.
-        seconds = min(left, left * share / shares * (1 if share == shares else 1.15))
-        shares -= share
+    wanted = [name for name in SECTIONS if not args.only or name in args.only]
+    ended, started = {}, []
+    for name in wanted:
+        waiting = [other for other in wanted if other not in ended]
+        seconds = time_for(waiting, deadline - time.monotonic())
         ended[name] = "had no time left"
-        if seconds > 2 * START:
+        if seconds >= LEAST:
             started.append(name)
-            ended[name] = start_section(name, seconds - START, args)
+            ended[name] = start_section(name, seconds, args)
         write(output, output / PARTS, args.preset, ended)
     logs = [f"== {name}\n{(output / PARTS / f'{name}.log').read_text(errors='replace')}" for name in started]
     (output / "gpu.log").write_text("\n".join(logs), encoding="utf-8")

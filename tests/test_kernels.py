@@ -21,6 +21,7 @@ from skipdit.models.layers import use_float8, use_kernels
 
 HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_float8 = pytest.mark.skipif(not float8_available("cpu")[0], reason="no float8 products on this CPU")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
@@ -246,6 +247,7 @@ def test_rows_are_scaled_to_the_range_of_float8():
     torch.testing.assert_close(rows.float() * scale, values)  # all of them are floats of 3 bits
 
 
+@needs_float8
 def test_a_float8_layer_is_the_product_of_the_rounded_sides():
     linear = torch.nn.Linear(32, 48).to(torch.bfloat16)
     x = torch.randn(2, 5, 32, dtype=torch.bfloat16)
@@ -259,6 +261,7 @@ def test_a_float8_layer_is_the_product_of_the_rounded_sides():
     assert 0.005 < (found.float() - exact).norm() / exact.norm() < 0.05
 
 
+@needs_float8
 def test_float8_in_a_model_and_in_one_graph():
     sizes = {"depth": 4, "hidden_size": 32, "num_heads": 2, "sample_size": 4, "num_frames": 2, "num_classes": 5}
     model = create_model("Latte-S/2-skip", **sizes).to(torch.bfloat16).eval().requires_grad_(False)
@@ -277,6 +280,7 @@ def test_float8_in_a_model_and_in_one_graph():
     assert torch.equal(compiled(*inputs).sample, found)
 
 
+@needs_float8
 def test_what_float8_refuses(monkeypatch):
     model, _ = tiny_inputs()
     with pytest.raises(ValueError, match="24 to 72 is not in multiples of 16"):

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import measure_gpu
 import pytest
 import torch
 from gpu import report
@@ -91,6 +92,17 @@ def test_the_report_judges_targets_and_names_what_is_missing(tmp_path):
     assert "This section was stopped." in text and "FAILED B8 eager: OutOfMemoryError: 1\n" in text
     assert "No time was left for: B2 compiled whole." in text
     assert json.loads((tmp_path / "gpu.json").read_text())["sections"]["training"]["items"] == {}
+
+
+def test_every_section_gets_time_and_all_together_keep_to_the_budget():
+    left, waiting, given = 525.0, list(measure_gpu.SECTIONS), {}
+    while waiting:
+        given[waiting[0]] = measure_gpu.time_for(waiting, left)
+        left -= given[waiting[0]] + measure_gpu.START  # the worst case: every section is stopped
+        waiting.pop(0)
+    assert left >= -1e-9
+    assert min(given.values()) >= 20 and given["forward"] > 120
+    assert measure_gpu.time_for(["pieces", "breakdown"], 20.0) < measure_gpu.LEAST  # too late to start
 
 
 def test_one_section_from_the_command_line(tmp_path):

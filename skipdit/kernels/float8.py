@@ -5,6 +5,8 @@ come, and the product of the scales is put back in the matrix product's epilogue
 only under torch.compile, which joins it with what comes before.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
@@ -17,10 +19,10 @@ MULTIPLE = 16  # of both sizes of a layer
 
 
 def float8_available(device: torch.device | str) -> tuple[bool, str]:
-    """Whether a device has products of float8, and if not, why. CPUs compute them too, if slowly."""
+    """Whether a device has products of float8, and if not, why. Newer versions of PyTorch have them on CPUs too."""
     device = torch.device(device)
     if device.type == "cpu":
-        return True, "cpu, slowly"
+        return (True, "cpu, slowly") if _on_cpu() else (False, "this version of PyTorch has no float8 product on CPUs")
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return False, f"{device} is not a CUDA device"
     capability, card = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
@@ -28,6 +30,15 @@ def float8_available(device: torch.device | str) -> tuple[bool, str]:
         found, needed = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
         return False, f"{card} has compute capability {found}, and {needed} is needed"
     return True, card
+
+
+@lru_cache
+def _on_cpu() -> bool:
+    try:
+        Float8Linear(nn.Linear(MULTIPLE, MULTIPLE).to(torch.bfloat16))(torch.ones(1, MULTIPLE, dtype=torch.bfloat16))
+    except RuntimeError:
+        return False
+    return True
 
 
 def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +65,12 @@ class Float8Linear(nn.Module):
         self.register_buffer("bias", linear.bias.detach().to(torch.bfloat16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, scale = quantize_rows(x.reshape(-1, self.in_features))
-        out = torch._scaled_mm(
+        out = self.product(*quantize_rows(x.reshape(-1, self.in_features)))
+        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def product(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """rows [N, in_features] in float8 and their scales [N, 1] -> [N, out_features] in bfloat16."""
+        return torch._scaled_mm(
             rows,
             self.weight.t(),
             scale_a=scale,
@@ -64,7 +79,6 @@ class Float8Linear(nn.Module):
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

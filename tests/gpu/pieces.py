@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipdit import kernels
 from skipdit.kernels.attention import short_attention
+from skipdit.kernels.float8 import Float8Linear, quantize_rows
 from skipdit.kernels.mlp import _linear_gelu
 from skipdit.kernels.norm import _gate_residual, _gate_residual_norm, _norm_modulate
 
@@ -48,7 +49,9 @@ def rates(setting: Setting, device: torch.device, note: Record) -> None:
     rows = 2 * sizes["frames"] * sizes["patches"]
     width, hidden = sizes["width"], sizes["hidden"]
     for inner, outer in ((width, 3 * width), (width, width), (width, hidden), (hidden, width), (2 * width, width)):
-        note.attempt(f"linear {rows}x{inner}x{outer}", lambda k=inner, n=outer: linear(rows, k, n, setting, device))
+        for kind in (linear, float8_product):
+            name = f"{kind.__name__.replace('_', ' ')} {rows}x{inner}x{outer}"
+            note.attempt(name, lambda f=kind, k=inner, n=outer: f(rows, k, n, setting, device))
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -92,6 +95,14 @@ def linear(rows: int, inner: int, outer: int, setting: Setting, device: torch.de
     x, weight = (torch.randn(n, inner, device=device, dtype=torch.bfloat16) for n in (rows, outer))
     bias = torch.zeros(outer, device=device, dtype=torch.bfloat16)
     took = device_seconds(F.linear, [(x, weight, bias)] * 2, device, setting.repeats)
+    return {**took, "rate": 2 * rows * inner * outer / took["seconds"]}
+
+
+def float8_product(rows: int, inner: int, outer: int, setting: Setting, device: torch.device) -> dict[str, float]:
+    """As `Float8Linear` multiplies, without the scaling of the inputs."""
+    layer = Float8Linear(torch.nn.Linear(inner, outer, device=device, dtype=torch.bfloat16))
+    x, scale = quantize_rows(torch.randn(rows, inner, device=device))
+    took = device_seconds(layer.product, [(x, scale)], device, setting.repeats)
     return {**took, "rate": 2 * rows * inner * outer / took["seconds"]}
 
 
