@@ -38,6 +38,8 @@ SCHEMAS = {
     "train": "skipdit.training.config:TrainConfig",
     "train-vae": "skipdit.training.autoencoder:AutoencoderConfig",
     "encode": "skipdit.training.encoding:EncodeConfig",
+    "evaluate": "skipdit.evaluation.evaluate:EvaluateConfig",
+    "compare": "skipdit.evaluation.compare:CompareConfig",
 }
 # Programs that stand for a command of skipdit.
 PROGRAMS = {"train.py": "train", "sample/sample.py": "sample", "pretrained/download_ckpts.py": "download"}
