@@ -1,6 +1,7 @@
 """Sides of a comparison, `skipdit evaluate` on real files, and what it refuses."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -212,6 +213,21 @@ def test_more_unreadable_clips_than_allowed_stop_it(detector, tmp_path):
     report = evaluate(settings(detector, tmp_path, *words, "real.max_bad_share=0.5"))
     assert report["real"]["skipped"][0][0].endswith("b.mp4")
     assert any("left out" in warning and "b.mp4" in warning for warning in report["warnings"])
+
+
+def test_clips_that_break_while_they_are_read_count_against_the_share(detector, tmp_path):
+    for name in "abcd":
+        write_video(tmp_path / "v" / f"{name}.mp4", 12)
+    words = [f"real.path={tmp_path}/v", "generated.path=digits", "num_frames=10", f"size={SIDE}", "clips=4"]
+    evaluate(settings(detector, tmp_path, *words))  # counts the frames of each
+    whole = (tmp_path / "v" / "b.mp4").read_bytes()
+    stamp = (tmp_path / "v" / "b.mp4").stat()
+    (tmp_path / "v" / "b.mp4").write_bytes(bytes(len(whole)))  # as long and as old as before, and empty
+    os.utime(tmp_path / "v" / "b.mp4", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(UserError, match=r"1 of 4 clips cannot be read.*b\.mp4"):
+        evaluate(settings(detector, tmp_path, *words))
+    report = evaluate(settings(detector, tmp_path, *words, "real.max_bad_share=0.25"))
+    assert [name for name, _ in report["real"]["skipped"]] == [str(tmp_path / "v" / "b.mp4")]
 
 
 def test_a_pipeline_is_sampled_without_touching_the_disk(detector, tmp_path):

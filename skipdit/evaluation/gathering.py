@@ -52,12 +52,13 @@ def gather(side: Side, how: Gathering, title: str) -> dict[str, FeatureStatistic
         UserError: Too many clips cannot be read, or a feature is not a finite number.
     """
     parts = {detector.name: _Gatherer(detector) for detector in how.detectors}
+    before = len(side.skipped)
     with tqdm(total=len(side), desc=title, unit="clip", disable=None) as bar:
         for clips in side.batches(how.batch_size, how.num_workers):
             for name, part in parts.items():
                 part.take(clips if name == "i3d" else pick_frames(clips, how.frames_per_clip))
             bar.update(len(clips))
-    check_skipped(side, how.max_bad_share, title)
+    _check_skipped(side.skipped[before:], len(side), how.max_bad_share, title)
     return {name: part.statistics for name, part in parts.items()}
 
 
@@ -69,14 +70,12 @@ class _Gatherer:
         self.statistics.update(self.detector.features(batch))
 
 
-def check_skipped(side: Side, max_bad_share: float, title: str) -> None:
-    """Raise UserError if more than a share of a side's clips could not be read, or none is left."""
-    bad, known = len(side.skipped), len(side.skipped) + len(side)
-    if bad and (bad > max_bad_share * known or bad >= known):
-        named = "; ".join(f"{name} ({reason})" for name, reason in side.skipped[:5])
+def _check_skipped(bad: list[tuple[str, str]], known: int, max_bad_share: float, title: str) -> None:
+    if len(bad) > max_bad_share * known or (bad and len(bad) >= known):
+        named = "; ".join(f"{name} ({reason})" for name, reason in bad[:5])
         raise UserError(
-            f"{title}: {bad} of {known} clips cannot be read, more than max_bad_share={max_bad_share:g} allows: "
-            f"{named}{' ...' if bad > 5 else ''}"
+            f"{title}: {len(bad)} of {known} clips cannot be read, more than max_bad_share={max_bad_share:g} allows: "
+            f"{named}{' ...' if len(bad) > 5 else ''}"
         )
 
 
