@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LEVELS = (
     {"errors", "config", "files", "kernels", "__version__"},
     {"models", "cache", "diffusion", "schedulers", "data"},
-    {"pipelines", "checkpoints", "weights", "media", "gallery", "operations"},
+    {"pipelines", "acceleration", "checkpoints", "weights", "media", "gallery", "operations"},
     {"training", "evaluation", "sampling", "registry", "convert"},
     {"demo", "cli"},
     {"skipdit", "__main__"},  # skipdit/__init__.py offers the public names
@@ -38,6 +38,7 @@ SIDEWAYS = {
     ("models", "cache"),  # a network offers enable_cache
     ("diffusion", "schedulers"),  # both need the noise schedule
     ("gallery", "media"),
+    ("pipelines", "acceleration"),  # a pipeline offers compile
     ("weights", "checkpoints"),
     ("training", "evaluation"),  # FVD while it trains
     ("training", "sampling"),  # noise of a sample

@@ -1,0 +1,133 @@
+"""Which parts of an acceleration suit a device, and why: decided from the device alone, nothing changed yet."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..kernels import available
+
+__all__ = ["CHOICES", "Choice", "choose", "compiler_for", "has_bf16"]
+
+CHOICES = ("kernels", "blocks", "graphs", "modulation", "decoder")
+"""Parts that `pipe.compile` can be told to leave out (False) or to insist on (True)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One part.
+
+    Attributes:
+        name: Of `CHOICES`, or "dtype" or "float8".
+        on: Whether it is turned on.
+        reason: Why, or why not, as a part of a sentence.
+    """
+
+    name: str
+    on: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'+' if self.on else '-'} {self.name}: {self.reason}"
+
+
+def choose(device: torch.device, wanted: dict[str, bool | None]) -> list[Choice]:
+    """Settle every part of `CHOICES`.
+
+    Args:
+        device: Of the pipeline.
+        wanted: Part -> True (insisted on), False (left out) or None (as suits the device).
+
+    Raises:
+        ValueError: A part is not known, or one that is insisted on cannot be had; the message says why.
+    """
+    if unknown := set(wanted) - set(CHOICES):
+        raise ValueError(f"No part {sorted(unknown)[0]!r} to compile: choose from {', '.join(CHOICES)}.")
+    choices = []
+    for name in CHOICES:
+        can, pays, reason = _JUDGES[name](device)
+        want = wanted.get(name)
+        if want is False:
+            choices.append(Choice(name, False, "left out as asked"))
+        elif want and not can:
+            raise ValueError(f"compile({name}=True) is not possible: {reason}.")
+        elif want and not pays:
+            choices.append(Choice(name, True, f"as asked, though {reason}"))
+        else:
+            choices.append(Choice(name, can and pays, reason))
+    return choices
+
+
+# Device -> whether it can be had, whether it pays there, and why (not). What pays on CPUs was measured (docs/speed.md).
+
+
+def _kernels(device: torch.device) -> tuple[bool, bool, str]:
+    can, reason = available(device)
+    return can, can, reason
+
+
+def _blocks(device: torch.device) -> tuple[bool, bool, str]:
+    compiler, reason = compiler_for(device)
+    if not compiler:
+        return False, False, reason
+    return True, True, f"every block is compiled, once for all, by {reason}"
+
+
+def _graphs(device: torch.device) -> tuple[bool, bool, str]:
+    if device.type != "cuda":
+        return False, False, f"{device} is not a CUDA device"
+    return True, True, "a full and a reused step are launched as a whole"
+
+
+def _modulation(device: torch.device) -> tuple[bool, bool, str]:
+    if device.type == "cuda":
+        return True, True, "adaLN's vectors of all steps come from one product a block, ahead of the loop"
+    return True, False, f"adaLN's products are too small a share of a step on {device.type}"
+
+
+def _decoder(device: torch.device) -> tuple[bool, bool, str]:
+    if device.type == "cuda":
+        return True, True, "the autoencoder's convolutions run channels last"
+    return True, False, f"channels last gains nothing certain on {device.type}"
+
+
+_JUDGES = {
+    "kernels": _kernels,
+    "blocks": _blocks,
+    "graphs": _graphs,
+    "modulation": _modulation,
+    "decoder": _decoder,
+}
+
+
+def compiler_for(device: torch.device) -> tuple[str, str]:
+    """What torch.compile needs on a device.
+
+    Returns:
+        Its name ("" if it is missing), and the same or what is missing as a part of a sentence.
+    """
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "", "torch.compile on a CUDA device needs Triton, which is not installed"
+        return "Triton", "torch.compile with Triton"
+    if device.type != "cpu" or os.name != "posix":
+        return "", f"torch.compile has not been tried on {device.type} under {platform.system()}"
+    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
+        if shutil.which(name):
+            return name, f"torch.compile with {name}"
+    return "", "torch.compile on a CPU needs a C++ compiler, such as g++"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32; of processors, whether they say so."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -1,0 +1,109 @@
+"""CUDA graphs around a model's two paths: the host launches a step as a whole instead of some hundred kernels.
+
+All that is special to CUDA is in `record_on_cuda`; it has not been run yet, for no GPU was at hand. The rest is tested
+on CPUs with a recorder that calls again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["GraphedForward", "record_on_cuda"]
+
+MOST_GRAPHS = 8  # of different shapes; each holds the memory of a forward
+WARM_UPS = 3
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def record_on_cuda(call: Callable[[], None]) -> Callable[[], None]:
+    """Record a call into a CUDA graph, after a few to warm up on a stream of their own; returns what replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@dataclass
+class _Recorded:
+    """A path of the network at one shape: tensors that it reads and writes, and what runs it."""
+
+    inputs: dict[str, torch.Tensor]
+    outputs: tuple[torch.Tensor, ...]
+    replay: Callable[[], None]
+
+
+class GraphedForward:
+    """Stands in for a backbone's forward: records each path at each shape once, then replays it.
+
+    Inputs are copied to where the graph reads, outputs out of where it writes, so results are the caller's own. Calls
+    that a pipeline does not make (with gradients, with joint images, for an output object) go to the forward itself.
+
+    Args:
+        forward: The model's own.
+        key: What a recording further depends on, for example where tensors lie that are no arguments.
+        record: Takes a call, runs it at least once, and returns what runs it again.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        key: Callable[[], Any] = lambda: None,
+        record: Record = record_on_cuda,
+    ):
+        self.forward, self.key, self.record = forward, key, record
+        self._recorded: OrderedDict[tuple, _Recorded] = OrderedDict()
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        """The forward's arguments and results."""
+        if return_dict or torch.is_grad_enabled() or set(options) - {"shallow", "deep_features"}:
+            return self.forward(hidden_states, timestep, class_labels, return_dict, **options)
+        shallow, features = options.get("shallow"), options.get("deep_features")
+        given = {"hidden_states": hidden_states, "timestep": timestep}
+        given |= {} if class_labels is None else {"class_labels": class_labels}
+        given |= {} if features is None else {"deep_features": features}
+        key = (shallow, self.key(), *((name, t.shape, t.dtype, t.device) for name, t in given.items()))
+        path = self._recorded.get(key) or self._make(key, given, shallow)
+        self._recorded.move_to_end(key)
+        for name, tensor in given.items():
+            path.inputs[name].copy_(tensor)
+        path.replay()
+        outputs = [output.clone() for output in path.outputs]
+        if features is not None:  # handed through
+            outputs[1] = features
+        return tuple(outputs)
+
+    def _make(self, key: tuple, given: dict[str, torch.Tensor], shallow: int | None) -> _Recorded:
+        inputs = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in given.items()}
+        written: list[tuple[torch.Tensor, ...]] = []
+
+        def call() -> None:
+            outputs = self.forward(**inputs, return_dict=False, shallow=shallow)
+            if not written:
+                written.append(outputs)
+            elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                written[0] = outputs  # where the graph writes, not the calls that warmed up
+            else:
+                for kept, output in zip(written[0], outputs, strict=True):
+                    kept.copy_(output)
+
+        replay = self.record(call)
+        path = self._recorded[key] = _Recorded(inputs, written[0], replay)
+        if len(self._recorded) > MOST_GRAPHS:
+            self._recorded.popitem(last=False)
+        return path

@@ -1,0 +1,106 @@
+"""Changes to a module that can be taken back bit for bit: each returns the call that does so."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+from torch import nn
+
+from ..kernels import KERNELS
+from ..models.layers import FLOAT8_LAYERS, FinalLayer, use_float8, use_kernels
+
+__all__ = ["recast", "turn_on_blocks", "turn_on_float8", "turn_on_kernels"]
+
+Undo = Callable[[], None]
+VARIANTS = 64  # compiled forms of one function
+
+
+def recast(module: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = False) -> Undo:
+    """Give a module's floating-point tensors another dtype or the channels-last order; the old ones are kept."""
+    kept = [(tensor, tensor.data) for tensor in chain(module.parameters(), module.buffers())]
+    for tensor, data in kept:
+        if data.is_floating_point():
+            order = torch.channels_last if channels_last and data.ndim == 4 else torch.preserve_format
+            tensor.data = data.to(dtype=dtype or data.dtype, memory_format=order)
+
+    def undo() -> None:
+        for tensor, data in kept:
+            tensor.data = data
+
+    return undo
+
+
+def turn_on_kernels(model: nn.Module) -> Undo:
+    """`use_kernels`, remembering what was on before."""
+    before = [(module, module.kernels) for module in model.modules() if hasattr(module, "kernels")]
+    use_kernels(model, KERNELS)
+
+    def undo() -> None:
+        for module, names in before:
+            module.kernels = names
+
+    return undo
+
+
+def turn_on_float8(model: nn.Module, names: Sequence[str]) -> Undo:
+    """`use_float8`, keeping the layers that it replaces.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    layers = dict(FLOAT8_LAYERS.values())
+    kept = [
+        (module, name, getattr(module, name)) for module in model.modules() for name in layers.get(type(module), ())
+    ]
+    use_float8(model, names)
+
+    def undo() -> None:
+        for module, name, layer in kept:
+            setattr(module, name, layer)
+
+    return undo
+
+
+def turn_on_blocks(model: nn.Module) -> Undo:
+    """Compile the repeated block, the joining of skips and the final layer, each by itself (regional compilation).
+
+    Blocks share their compiled code, so the time to start does not grow with the depth. The hidden states enter the
+    first block in the order of all others, or that block would need code of its own.
+    """
+    _allow_variants()
+    handle = model.x_embedder.register_forward_hook(lambda module, inputs, output: output.contiguous())
+    compiled = [m for m in model.modules() if type(m).__name__ in model._repeated_blocks or isinstance(m, FinalLayer)]
+    before = [(module, module._compiled_call_impl) for module in compiled]
+    for module in compiled:
+        module.compile()
+    fuse = torch.compile(_fuse)
+    residual = model.config.skip == "residual"
+
+    def fuse_skip(index: int, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return fuse(model.skip_norms[index], model.skip_linears[index], hidden_states, skip, residual)
+
+    model.fuse_skip = fuse_skip
+
+    def undo() -> None:
+        handle.remove()
+        del model.fuse_skip
+        for module, call in before:
+            module._compiled_call_impl = call
+
+    return undo
+
+
+def _allow_variants() -> None:
+    """A block has code for attention over patches, over frames, and over frames with positions, each for one size and
+    then for any; beyond torch's limit of 8 it would silently run uncompiled. A limit alters no result, so it stays."""
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(getattr(config, name), VARIANTS))
+
+
+def _fuse(
+    norm: nn.Module, linear: nn.Module, hidden_states: torch.Tensor, skip: torch.Tensor, residual: bool
+) -> torch.Tensor:
+    """`SkipBackbone.fuse_skip` with its layers as arguments, so that one compiled function serves all of them."""
+    fused = linear(norm(torch.cat([hidden_states, skip], dim=-1)))
+    return hidden_states + fused if residual else fused
