@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,19 +62,23 @@ def turn_on_float8(model: nn.Module, names: Sequence[str]) -> Undo:
     return undo
 
 
-def turn_on_blocks(model: nn.Module) -> Undo:
+def turn_on_blocks(model: nn.Module, **options: Any) -> Undo:
     """Compile the repeated block, the joining of skips and the final layer, each by itself (regional compilation).
 
     Blocks share their compiled code, so the time to start does not grow with the depth. The hidden states enter the
     first block in the order of all others, or that block would need code of its own.
+
+    Args:
+        model: A backbone.
+        **options: For `torch.compile`.
     """
     _allow_variants()
     handle = model.x_embedder.register_forward_hook(lambda module, inputs, output: output.contiguous())
     compiled = [m for m in model.modules() if type(m).__name__ in model._repeated_blocks or isinstance(m, FinalLayer)]
     before = [(module, module._compiled_call_impl) for module in compiled]
     for module in compiled:
-        module.compile()
-    fuse = torch.compile(_fuse)
+        module.compile(**options)
+    fuse = torch.compile(_fuse, **options)
     residual = model.config.skip == "residual"
 
     def fuse_skip(index: int, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,428 @@
+"""`pipe.compile()`: the same samples, fixed graphs, nothing read from the device, and undone bit for bit."""
+
+import contextlib
+import copy
+import logging
+
+import pytest
+import torch
+from tiny_pipelines import tiny_pipeline
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skipdit import SkipCacheConfig, make_scheduler
+from skipdit.acceleration import CHOICES, compiler_for
+from skipdit.acceleration.choice import choose
+from skipdit.acceleration.graphs import MOST_GRAPHS, GraphedForward
+from skipdit.acceleration.modulation import HeldModulation, Modulations
+from skipdit.acceleration.quality import psnr
+from skipdit.acceleration.turning_on import graphed
+from skipdit.acceleration.undoing import recast, turn_on_blocks
+from skipdit.kernels import float8_available
+
+CPU = torch.device("cpu")
+CACHE = SkipCacheConfig(interval=3, start=1000, stop=0)
+TOLERANCE = 1e-5
+"""Relative error of the samples in float32, which docs/speed.md states."""
+
+needs_compiler = pytest.mark.skipif(not compiler_for(CPU)[0], reason=compiler_for(CPU)[1])
+
+
+def quiet(kind: str = "video", **settings):
+    pipe = tiny_pipeline(kind, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def samples(pipe, labels=(0, 2), steps: int = 7, output_type: str = "latent", **inputs) -> torch.Tensor:
+    who = {"num_samples": 2} if pipe.transformer.null_class is None else {"class_labels": list(labels)}
+    inputs = {"guidance_scale": 4.0, "generator": torch.manual_seed(0), **who, **inputs}
+    return pipe(num_inference_steps=steps, output_type=output_type, return_dict=False, **inputs)[0]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def cached(pipe, on: bool):
+    if on:
+        pipe.transformer.enable_cache(CACHE)
+    return pipe
+
+
+# ---------------------------------------------------------------------- compiled blocks
+
+
+@pytest.mark.parametrize("modulation", [False, True])
+@pytest.mark.parametrize(("kind", "count"), [("video", 6), ("image", 4)])
+def test_two_paths_compile_to_fixed_graphs(kind, count, modulation):
+    """Video: a spatial block, a temporal one with and without positions, two joins (the middle one joins a tensor
+    with itself), the final layer; images: one block. Reused steps need nothing more, nor do further steps or calls.
+
+    The backend that only traces: what is traced anew is what would be compiled anew.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    pipe = cached(quiet(kind), True)
+    expected = samples(pipe)
+    pipe.compile(blocks=False, modulation=modulation)
+    turn_on_blocks(pipe.transformer, backend="eager")
+    assert relative(samples(pipe), expected) < TOLERANCE
+    assert counters["stats"]["unique_graphs"] == count
+    samples(pipe, steps=11)
+    pipe.transformer.disable_cache()
+    samples(pipe)
+    assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"]
+
+
+def test_a_second_batch_size_serves_all_others():
+    torch._dynamo.reset()
+    counters.clear()
+    pipe, plain = quiet(), quiet()
+    turn_on_blocks(pipe.transformer, backend="eager")
+    graphs = {}
+    for labels in ([0], [1, 2], [0, 1, 2], [0, 0, 1, 2]):
+        assert relative(samples(pipe, labels), samples(plain, labels)) < TOLERANCE
+        graphs[len(labels)] = counters["stats"]["unique_graphs"]
+    assert graphs[1] == 6 and graphs[2] > 6 and graphs[4] == graphs[2] == graphs[3]
+    assert not counters["graph_break"]
+
+
+@needs_compiler
+def test_compiled_blocks_give_the_same_samples_and_are_undone():
+    torch._dynamo.reset()
+    pipe = cached(quiet(), True)
+    expected = samples(pipe)
+    chosen = pipe.compile(blocks=True, modulation=True)
+    assert chosen.parts == ("blocks", "modulation")
+    found = samples(pipe)
+    assert 0 < relative(found, expected) < TOLERANCE
+    pipe.uncompile()
+    assert torch.equal(samples(pipe), expected)
+    assert "fuse_skip" not in vars(pipe.transformer) and not pipe.transformer.x_embedder._forward_hooks
+
+
+# ---------------------------------------------------------------------- modulation
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"kind": "image"}, {"num_classes": None}, {"skip": None}])
+def test_modulations_ahead_of_the_loop_give_the_same_samples(settings, with_cache):
+    pipe = cached(quiet(**settings), with_cache and "skip" not in settings)
+    expected = samples(pipe), samples(pipe, labels=[1, 1, 2], guidance_scale=1.0)
+    names = list(pipe.transformer.state_dict())
+    pipe.compile(modulation=True, blocks=False)
+    assert list(pipe.transformer.state_dict()) == names  # saving goes on
+    found = samples(pipe), samples(pipe, labels=[1, 1, 2], guidance_scale=1.0)
+    assert all(relative(*pair) < TOLERANCE for pair in zip(found, expected, strict=True))
+    pipe.uncompile()
+    assert torch.equal(samples(pipe), expected[0])
+    assert not any(isinstance(module, HeldModulation) for module in pipe.transformer.modules())
+
+
+def test_modulations_are_one_product_a_layer():
+    """Of all steps and distinct classes: 5 steps, the classes 1, 2 and none. Conditioning itself is still computed."""
+    pipe = quiet()
+    pipe.compile(modulation=True, blocks=False)
+    rows = []
+    for owner in [*pipe.transformer.blocks, pipe.transformer.final_layer]:
+        owner.adaLN_modulation[1].register_forward_hook(lambda m, inputs, output: rows.append(inputs[0].shape[:-1]))
+    samples(pipe, labels=[1, 1, 2], steps=5)
+    assert rows == [(5, 3)] * 9
+
+
+def test_a_call_outside_the_loop_computes_its_own_vectors():
+    """Also one from a callback between two steps, and one after a trajectory that was cut short."""
+    pipe, plain = quiet(), quiet()
+    pipe.compile(modulation=True, blocks=False)
+    inputs = torch.randn(2, 4, 4, 8, 8), torch.tensor([7, 600]), torch.tensor([0, 1])
+    expected = plain.transformer(*inputs).sample
+    seen = []
+
+    def call(pipe, index, timestep, tensors):
+        seen.append(pipe.transformer(*inputs).sample)
+        if index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        samples(pipe, callback_on_step_end=call)
+    assert len(seen) == 3 and all(torch.equal(found, expected) for found in seen)
+    assert torch.equal(pipe.transformer(*inputs).sample, expected)
+
+
+def test_a_table_that_is_too_large_is_left_out(monkeypatch):
+    monkeypatch.setattr("skipdit.acceleration.modulation.MOST_BYTES", 1000)
+    pipe = quiet()
+    steps = Modulations(pipe.transformer).trajectory(torch.arange(5), torch.tensor([0, 1]), 2)
+    assert steps is contextlib.nullcontext
+
+
+# ---------------------------------------------------------------------- graphs, with a recorder that calls again
+
+
+def again(call):
+    call()
+    return call
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "image"}, {"num_classes": None}])
+def test_recorded_paths_give_the_same_samples(settings):
+    pipe = quiet(**settings)
+    plain, cache = samples(pipe), {}
+    pipe.transformer.enable_cache(CACHE)
+    expected = samples(pipe)
+    counts = copy.copy(pipe.transformer.cache_stats)
+    assert counts.reused and not torch.equal(expected, plain)
+    with graphed(pipe.transformer, None, record=again) as forward:
+        for _ in range(2):
+            assert torch.equal(samples(pipe), expected)
+            assert pipe.transformer.cache_stats == counts
+            cache.update(forward._recorded)
+        assert len(cache) == 2  # the full path and the reused one, each recorded once
+        pipe.transformer.disable_cache()
+        assert torch.equal(samples(pipe), plain)
+        pipe.transformer.enable_cache(CACHE)
+    assert torch.equal(samples(pipe), expected)
+    pipe.transformer.disable_cache()
+    assert not isinstance(pipe.transformer.forward, GraphedForward)
+    assert torch.equal(samples(pipe), plain)
+
+
+def test_recorded_paths_read_the_modulations_of_their_step():
+    pipe = quiet()
+    expected = samples(pipe)
+    modulations = Modulations(pipe.transformer)
+    with graphed(pipe.transformer, modulations, record=again) as forward:
+        pipe._acceleration = pipe.compile(modulation=False, blocks=False)
+        pipe._acceleration._modulations = modulations
+        assert relative(samples(pipe), expected) < TOLERANCE
+        pipe.uncompile()
+        assert torch.equal(samples(pipe), expected)
+        assert len(forward._recorded) == 2  # with given vectors and with its own
+    modulations.undo()
+
+
+def test_results_of_a_recorded_path_are_the_callers_own():
+    model = quiet().transformer
+    with graphed(model, None, record=again), torch.no_grad():
+        inputs = torch.randn(2, 4, 4, 8, 8), torch.tensor([7, 7]), torch.tensor([0, 1])
+        first, features = model(*inputs, return_dict=False, shallow=1)
+        kept = first.clone(), features.clone()
+        model(-inputs[0], *inputs[1:], return_dict=False, shallow=1)
+        assert torch.equal(first, kept[0]) and torch.equal(features, kept[1])
+        reused = model(*inputs, return_dict=False, shallow=1, deep_features=features)
+        assert reused[1] is features and torch.allclose(reused[0], first)
+
+
+def test_what_a_pipeline_does_not_call_is_not_recorded():
+    model = quiet().transformer
+    inputs = torch.randn(2, 4, 4, 8, 8), torch.tensor([7, 7]), torch.tensor([0, 1])
+    with graphed(model, None, record=again) as forward:
+        model(*inputs, return_dict=False)[0].sum().backward()
+        with torch.no_grad():
+            model(*inputs)
+            model(*inputs, return_dict=False, num_images=1)
+        assert not forward._recorded and model.blocks[0].attn.qkv.weight.grad is not None
+
+
+def test_old_recordings_are_let_go():
+    def plus_one(hidden_states, timestep, class_labels=None, return_dict=False, shallow=None):
+        return (hidden_states + 1,)
+
+    forward = GraphedForward(plus_one, record=again)
+    with torch.no_grad():
+        for size in range(1, MOST_GRAPHS + 4):
+            assert torch.equal(forward(torch.zeros(size), torch.zeros(size), None, False)[0], torch.ones(size))
+    assert len(forward._recorded) == MOST_GRAPHS
+
+
+# ---------------------------------------------------------------------- the loop
+
+
+class Reads(TorchDispatchMode):
+    """Notes what makes the host wait for the device: reading a value, and shapes that depend on values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        if name.startswith(self.WAITS):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_reads_are_noticed():
+    with Reads() as reads:
+        float(torch.ones(()))
+        torch.ones(3).nonzero()
+    assert reads.seen == ["_local_scalar_dense", "nonzero"]
+
+
+class OnDevice(torch.Tensor):
+    """Marks what would lie on the device; what is computed from it is marked as well."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            raise AssertionError(f"the loop calls {name} on a tensor of the device")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "unipc"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_step_reads_the_device(sampler, compiled):
+    """Every tensor that comes from the latents is watched; the schedulers' own tables lie on the host."""
+    pipe = cached(quiet(), True)
+    trained = {"variance_type": "learned_range"} if sampler == "ddpm" else {}
+    pipe.scheduler = make_scheduler(sampler, **trained)
+    if compiled:
+        pipe.compile(modulation=True, blocks=False)
+    watched = []
+
+    def watch(pipe, index, timestep, tensors):
+        watched.append(isinstance(tensors["latents"], OnDevice))
+        return {"latents": tensors["latents"].as_subclass(OnDevice)}
+
+    samples(pipe, callback_on_step_end=watch)
+    assert watched[1:] == [True] * (len(watched) - 1) and len(watched) >= 7
+
+
+@pytest.mark.parametrize("modulation", [False, True])
+def test_ddim_reads_nothing_at_all_in_a_step(modulation):
+    """Not even on the host: its coefficients are numbers."""
+    pipe = cached(quiet(), True)
+    if modulation:
+        pipe.compile(modulation=True, blocks=False)
+    seen: list[list[str]] = []
+    reads = Reads()
+
+    def between(pipe, index, timestep, tensors):
+        seen.append(list(reads.seen))
+
+    with reads:
+        samples(pipe, callback_on_step_end=between)
+    per_step = [len(after) - len(before) for before, after in zip(seen, seen[1:], strict=False)]
+    assert per_step == [1] * 6  # `int(timestep)` of the scheduler's own list on the host
+
+
+def test_guidance_is_one_batch_without_repeats():
+    """Two rows for a clip, whatever its frames; timesteps and labels are one a row."""
+    pipe = quiet()
+    shapes = []
+    pipe.transformer.t_embedder.register_forward_hook(lambda m, inputs, out: shapes.append(inputs[0].shape))
+    pipe.transformer.y_embedder.register_forward_hook(lambda m, inputs, out: shapes.append(inputs[0].shape))
+    pipe.transformer.blocks[0].adaLN_modulation.register_forward_hook(
+        lambda m, inputs, out: shapes.append(inputs[0].shape[:-1])
+    )
+    samples(pipe, labels=[1], steps=2)
+    assert shapes == [(2,), (2,), (2, 1, 1)] * 2
+
+
+# ---------------------------------------------------------------------- what is chosen, and undone
+
+
+def test_a_cpu_gets_no_kernels_and_is_told_why():
+    chosen = {choice.name: choice for choice in choose(CPU, {})}
+    assert list(chosen) == list(CHOICES)
+    for name in ("kernels", "graphs"):
+        assert not chosen[name].on and chosen[name].reason == "cpu is not a CUDA device"
+
+
+def test_one_log_line_where_nothing_helps(caplog):
+    pipe = quiet()
+    expected = samples(pipe)
+    with caplog.at_level(logging.INFO, "skipdit.acceleration"):
+        chosen = pipe.compile(blocks=False)
+    assert chosen.parts == () and str(chosen).startswith("The plain path on cpu:")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the plain path is taken" in caplog.text and "\n" not in caplog.records[0].getMessage()
+    assert torch.equal(samples(pipe), expected)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"graphs": True}, r"compile\(graphs=True\) is not possible: cpu is not a CUDA device"),
+        ({"kernels": True}, "cpu is not a CUDA device"),
+        ({"flash": True}, "No part 'flash' to compile: choose from kernels, blocks"),
+        ({"dtype": torch.int8}, "choose torch.float32, torch.bfloat16 or torch.float16"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_and_nothing_changes(choices, message):
+    pipe = quiet()
+    expected = samples(pipe)
+    with pytest.raises(ValueError, match=message):
+        pipe.compile(**{"blocks": False, "modulation": True, **choices})
+    assert pipe._acceleration is None and torch.equal(samples(pipe), expected)
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert compiler_for(CPU) == ("", "torch.compile on a CPU needs a C++ compiler, such as g++")
+
+
+def test_another_dtype_and_order_are_undone_bit_for_bit():
+    pipe = cached(quiet(), True)
+    expected = samples(pipe, output_type="pt")
+    chosen = pipe.compile(dtype=torch.bfloat16, decoder=True, blocks=False)
+    assert set(chosen.parts) == {"dtype", "decoder"}
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+    assert pipe.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert psnr(samples(pipe, output_type="pt"), expected) > 30
+    pipe.uncompile()
+    assert torch.equal(samples(pipe, output_type="pt"), expected)
+
+
+def test_channels_last_decodes_the_same_pictures():
+    pipe = quiet()
+    expected = samples(pipe, output_type="pt")
+    pipe.compile(decoder=True, blocks=False)
+    assert relative(samples(pipe, output_type="pt"), expected) < TOLERANCE
+
+
+def test_recast_keeps_whole_numbers_and_other_shapes():
+    layers = torch.nn.BatchNorm2d(2)
+    undo = recast(layers, torch.bfloat16, channels_last=True)
+    assert layers.weight.dtype == torch.bfloat16 and layers.num_batches_tracked.dtype == torch.int64
+    undo()
+    assert layers.weight.dtype == torch.float32
+
+
+def test_compiling_twice_starts_anew():
+    pipe = quiet()
+    expected = samples(pipe)
+    pipe.compile(modulation=True, blocks=False)
+    assert pipe.compile(blocks=False).parts == ()
+    assert torch.equal(samples(pipe), expected)
+    pipe.uncompile()
+    pipe.uncompile()
+
+
+# ---------------------------------------------------------------------- float8
+
+
+def test_psnr_is_of_the_mean_square():
+    zeros = torch.zeros(2, 3)
+    assert psnr(zeros, zeros) == float("inf")
+    assert psnr(zeros + 0.1, zeros) == pytest.approx(20.0)
+    assert psnr(zeros + 0.1, zeros, peak=10.0) == pytest.approx(40.0)
+
+
+@pytest.mark.skipif(not float8_available(CPU)[0], reason="this version of PyTorch has no float8 product on CPUs")
+def test_float8_passes_its_gate_or_is_refused():
+    pipe = quiet()
+    torch.nn.Module.to(pipe.transformer, torch.bfloat16)
+    expected = samples(pipe)
+    with pytest.raises(ValueError, match=r"float8 of attention and mlp is refused: its samples are [\d.]+ dB .* 200"):
+        pipe.compile(float8=True, least_psnr=200, blocks=False)
+    assert torch.equal(samples(pipe), expected)
+    chosen = pipe.compile(float8=["mlp"], least_psnr=1, blocks=False)
+    assert chosen.parts == ("float8",) and "mlp as asked; samples are" in str(chosen)
+    assert not torch.equal(samples(pipe), expected)
+    pipe.uncompile()
+    assert torch.equal(samples(pipe), expected)
