@@ -21,6 +21,7 @@ from skipdit.acceleration.undoing import recast, turn_on_blocks
 from skipdit.kernels import float8_available
 
 CPU = torch.device("cpu")
+OFF = dict.fromkeys(("blocks", "modulation", "decoder"), False)
 CACHE = SkipCacheConfig(interval=3, start=1000, stop=0)
 TOLERANCE = 1e-5
 """Relative error of the samples in float32, which docs/speed.md states."""
@@ -65,7 +66,7 @@ def test_two_paths_compile_to_fixed_graphs(kind, count, modulation):
     counters.clear()
     pipe = cached(quiet(kind), True)
     expected = samples(pipe)
-    pipe.compile(blocks=False, modulation=modulation)
+    pipe.compile(**{**OFF, "modulation": modulation})
     turn_on_blocks(pipe.transformer, backend="eager")
     assert relative(samples(pipe), expected) < TOLERANCE
     assert counters["stats"]["unique_graphs"] == count
@@ -93,8 +94,8 @@ def test_compiled_blocks_give_the_same_samples_and_are_undone():
     torch._dynamo.reset()
     pipe = cached(quiet(), True)
     expected = samples(pipe)
-    chosen = pipe.compile(blocks=True, modulation=True)
-    assert chosen.parts == ("blocks", "modulation")
+    chosen = pipe.compile()
+    assert chosen.parts == ("blocks", "modulation", "decoder")
     found = samples(pipe)
     assert 0 < relative(found, expected) < TOLERANCE
     pipe.uncompile()
@@ -111,7 +112,7 @@ def test_modulations_ahead_of_the_loop_give_the_same_samples(settings, with_cach
     pipe = cached(quiet(**settings), with_cache and "skip" not in settings)
     expected = samples(pipe), samples(pipe, labels=[1, 1, 2], guidance_scale=1.0)
     names = list(pipe.transformer.state_dict())
-    pipe.compile(modulation=True, blocks=False)
+    pipe.compile(**OFF | {"modulation": True})
     assert list(pipe.transformer.state_dict()) == names  # saving goes on
     found = samples(pipe), samples(pipe, labels=[1, 1, 2], guidance_scale=1.0)
     assert all(relative(*pair) < TOLERANCE for pair in zip(found, expected, strict=True))
@@ -123,7 +124,7 @@ def test_modulations_ahead_of_the_loop_give_the_same_samples(settings, with_cach
 def test_modulations_are_one_product_a_layer():
     """Of all steps and distinct classes: 5 steps, the classes 1, 2 and none. Conditioning itself is still computed."""
     pipe = quiet()
-    pipe.compile(modulation=True, blocks=False)
+    pipe.compile(**OFF | {"modulation": True})
     rows = []
     for owner in [*pipe.transformer.blocks, pipe.transformer.final_layer]:
         owner.adaLN_modulation[1].register_forward_hook(lambda m, inputs, output: rows.append(inputs[0].shape[:-1]))
@@ -134,7 +135,7 @@ def test_modulations_are_one_product_a_layer():
 def test_a_call_outside_the_loop_computes_its_own_vectors():
     """Also one from a callback between two steps, and one after a trajectory that was cut short."""
     pipe, plain = quiet(), quiet()
-    pipe.compile(modulation=True, blocks=False)
+    pipe.compile(**OFF | {"modulation": True})
     inputs = torch.randn(2, 4, 4, 8, 8), torch.tensor([7, 600]), torch.tensor([0, 1])
     expected = plain.transformer(*inputs).sample
     seen = []
@@ -193,7 +194,7 @@ def test_recorded_paths_read_the_modulations_of_their_step():
     expected = samples(pipe)
     modulations = Modulations(pipe.transformer)
     with graphed(pipe.transformer, modulations, record=again) as forward:
-        pipe._acceleration = pipe.compile(modulation=False, blocks=False)
+        pipe._acceleration = pipe.compile(**OFF)
         pipe._acceleration._modulations = modulations
         assert relative(samples(pipe), expected) < TOLERANCE
         pipe.uncompile()
@@ -281,7 +282,7 @@ def test_no_step_reads_the_device(sampler, compiled):
     trained = {"variance_type": "learned_range"} if sampler == "ddpm" else {}
     pipe.scheduler = make_scheduler(sampler, **trained)
     if compiled:
-        pipe.compile(modulation=True, blocks=False)
+        pipe.compile(**OFF | {"modulation": True})
     watched = []
 
     def watch(pipe, index, timestep, tensors):
@@ -297,7 +298,7 @@ def test_ddim_reads_nothing_at_all_in_a_step(modulation):
     """Not even on the host: its coefficients are numbers."""
     pipe = cached(quiet(), True)
     if modulation:
-        pipe.compile(modulation=True, blocks=False)
+        pipe.compile(**OFF | {"modulation": True})
     seen: list[list[str]] = []
     reads = Reads()
 
@@ -337,7 +338,7 @@ def test_one_log_line_where_nothing_helps(caplog):
     pipe = quiet()
     expected = samples(pipe)
     with caplog.at_level(logging.INFO, "skipdit.acceleration"):
-        chosen = pipe.compile(blocks=False)
+        chosen = pipe.compile(**OFF)
     assert chosen.parts == () and str(chosen).startswith("The plain path on cpu:")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "the plain path is taken" in caplog.text and "\n" not in caplog.records[0].getMessage()
@@ -357,7 +358,7 @@ def test_what_cannot_be_had_is_refused_and_nothing_changes(choices, message):
     pipe = quiet()
     expected = samples(pipe)
     with pytest.raises(ValueError, match=message):
-        pipe.compile(**{"blocks": False, "modulation": True, **choices})
+        pipe.compile(**{"blocks": False, **choices})
     assert pipe._acceleration is None and torch.equal(samples(pipe), expected)
 
 
@@ -369,8 +370,8 @@ def test_a_missing_compiler_is_told(monkeypatch):
 def test_another_dtype_and_order_are_undone_bit_for_bit():
     pipe = cached(quiet(), True)
     expected = samples(pipe, output_type="pt")
-    chosen = pipe.compile(dtype=torch.bfloat16, decoder=True, blocks=False)
-    assert set(chosen.parts) == {"dtype", "decoder"}
+    chosen = pipe.compile(dtype=torch.bfloat16, decoder=True)
+    assert chosen.parts == ("modulation", "decoder", "dtype")
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
     assert pipe.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert psnr(samples(pipe, output_type="pt"), expected) > 30
@@ -381,7 +382,7 @@ def test_another_dtype_and_order_are_undone_bit_for_bit():
 def test_channels_last_decodes_the_same_pictures():
     pipe = quiet()
     expected = samples(pipe, output_type="pt")
-    pipe.compile(decoder=True, blocks=False)
+    pipe.compile(**OFF | {"decoder": True})
     assert relative(samples(pipe, output_type="pt"), expected) < TOLERANCE
 
 
@@ -396,8 +397,8 @@ def test_recast_keeps_whole_numbers_and_other_shapes():
 def test_compiling_twice_starts_anew():
     pipe = quiet()
     expected = samples(pipe)
-    pipe.compile(modulation=True, blocks=False)
-    assert pipe.compile(blocks=False).parts == ()
+    pipe.compile(**OFF | {"modulation": True})
+    assert pipe.compile(**OFF).parts == ()
     assert torch.equal(samples(pipe), expected)
     pipe.uncompile()
     pipe.uncompile()
@@ -419,9 +420,9 @@ def test_float8_passes_its_gate_or_is_refused():
     torch.nn.Module.to(pipe.transformer, torch.bfloat16)
     expected = samples(pipe)
     with pytest.raises(ValueError, match=r"float8 of attention and mlp is refused: its samples are [\d.]+ dB .* 200"):
-        pipe.compile(float8=True, least_psnr=200, blocks=False)
+        pipe.compile(float8=True, least_psnr=200)
     assert torch.equal(samples(pipe), expected)
-    chosen = pipe.compile(float8=["mlp"], least_psnr=1, blocks=False)
+    chosen = pipe.compile(float8=["mlp"], least_psnr=1, **OFF)
     assert chosen.parts == ("float8",) and "mlp as asked; samples are" in str(chosen)
     assert not torch.equal(samples(pipe), expected)
     pipe.uncompile()

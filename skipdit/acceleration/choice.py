@@ -35,12 +35,13 @@ class Choice:
         return f"{'+' if self.on else '-'} {self.name}: {self.reason}"
 
 
-def choose(device: torch.device, wanted: dict[str, bool | None]) -> list[Choice]:
+def choose(device: torch.device, wanted: dict[str, bool | None], dtype: torch.dtype = torch.float32) -> list[Choice]:
     """Settle every part of `CHOICES`.
 
     Args:
         device: Of the pipeline.
         wanted: Part -> True (insisted on), False (left out) or None (as suits the device).
+        dtype: That the pipeline computes in.
 
     Raises:
         ValueError: A part is not known, or one that is insisted on cannot be had; the message says why.
@@ -49,7 +50,7 @@ def choose(device: torch.device, wanted: dict[str, bool | None]) -> list[Choice]
         raise ValueError(f"No part {sorted(unknown)[0]!r} to compile: choose from {', '.join(CHOICES)}.")
     choices = []
     for name in CHOICES:
-        can, pays, reason = _JUDGES[name](device)
+        can, pays, reason = _JUDGES[name](device, dtype)
         want = wanted.get(name)
         if want is False:
             choices.append(Choice(name, False, "left out as asked"))
@@ -62,37 +63,43 @@ def choose(device: torch.device, wanted: dict[str, bool | None]) -> list[Choice]
     return choices
 
 
-# Device -> whether it can be had, whether it pays there, and why (not). What pays on CPUs was measured (docs/speed.md).
+# Device and dtype -> whether a part can be had, whether it pays, and why (not). What pays on CPUs was measured
+# (docs/speed.md); other devices than CPUs and CUDA's have not been tried and keep the plain path.
+Judgement = tuple[bool, bool, str]
 
 
-def _kernels(device: torch.device) -> tuple[bool, bool, str]:
+def _kernels(device: torch.device, dtype: torch.dtype) -> Judgement:
     can, reason = available(device)
     return can, can, reason
 
 
-def _blocks(device: torch.device) -> tuple[bool, bool, str]:
+def _blocks(device: torch.device, dtype: torch.dtype) -> Judgement:
     compiler, reason = compiler_for(device)
     if not compiler:
         return False, False, reason
-    return True, True, f"every block is compiled, once for all, by {reason}"
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        return True, False, "compiled blocks of bfloat16 are no faster than plain ones on CPUs"
+    return True, True, f"blocks, joins of skips and the final layer are compiled by {reason}"
 
 
-def _graphs(device: torch.device) -> tuple[bool, bool, str]:
+def _graphs(device: torch.device, dtype: torch.dtype) -> Judgement:
     if device.type != "cuda":
         return False, False, f"{device} is not a CUDA device"
     return True, True, "a full and a reused step are launched as a whole"
 
 
-def _modulation(device: torch.device) -> tuple[bool, bool, str]:
-    if device.type == "cuda":
-        return True, True, "adaLN's vectors of all steps come from one product a block, ahead of the loop"
-    return True, False, f"adaLN's products are too small a share of a step on {device.type}"
+def _modulation(device: torch.device, dtype: torch.dtype) -> Judgement:
+    if device.type not in ("cpu", "cuda"):
+        return True, False, f"it has not been tried on {device.type}"
+    return True, True, "adaLN's vectors of all steps come from one product a block, ahead of the loop"
 
 
-def _decoder(device: torch.device) -> tuple[bool, bool, str]:
-    if device.type == "cuda":
-        return True, True, "the autoencoder's convolutions run channels last"
-    return True, False, f"channels last gains nothing certain on {device.type}"
+def _decoder(device: torch.device, dtype: torch.dtype) -> Judgement:
+    if device.type not in ("cpu", "cuda"):
+        return True, False, f"it has not been tried on {device.type}"
+    if device.type == "cpu" and dtype is not torch.float32:
+        return True, False, "convolutions of other dtypes than float32 are slower channels last on CPUs"
+    return True, True, "the autoencoder's convolutions run channels last"
 
 
 _JUDGES = {
@@ -126,6 +133,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 faster than float32; of processors, whether they say so."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..models import SkipBackbone
-from .choice import Choice, choose, has_bf16
+from .choice import CHOICES, Choice, choose, has_bf16
 from .graphs import GraphedForward
 from .modulation import Modulations
 from .quality import psnr, trial_samples
@@ -77,12 +77,12 @@ def accelerate(
         ValueError: What is asked for cannot be had, or float8's samples are too far off; nothing is changed then.
     """
     device, model = pipeline._execution_device, pipeline.transformer
-    choices = choose(device, wanted)
+    choices = choose(device, wanted, dtype or model.dtype)
     on = {choice.name for choice in choices if choice.on}
     modulations = None
     with ExitStack() as stack:
+        choices.append(_dtype(model.dtype, dtype, device))
         if dtype is not None:
-            choices.append(_dtype(model, dtype, device))
             stack.callback(recast(model, dtype))
             if pipeline.vae is not None:
                 stack.callback(recast(pipeline.vae, dtype))
@@ -104,18 +104,20 @@ def accelerate(
     if acceleration.parts:
         log.info("%s", acceleration)
     else:
-        reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices))
+        reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices if choice.name in CHOICES))
         log.warning("Nothing makes this pipeline faster on %s (%s): the plain path is taken.", device, reasons)
     return acceleration
 
 
-def _dtype(model: SkipBackbone, dtype: torch.dtype, device: torch.device) -> Choice:
-    if not dtype.is_floating_point or dtype.itemsize not in (2, 4):
-        raise ValueError(f"compile(dtype={dtype}): choose torch.float32, torch.bfloat16 or torch.float16.")
-    slow = dtype is torch.bfloat16 and not has_bf16(device)
-    return Choice(
-        "dtype", True, f"{model.dtype} becomes {dtype} as asked{', which this device has no units for' * slow}"
-    )
+def _dtype(now: torch.dtype, wanted: torch.dtype | None, device: torch.device) -> Choice:
+    """Another dtype is never chosen, only hinted at: it alters samples beyond rounding of float32."""
+    if wanted is None:
+        hint = "; dtype=torch.bfloat16 would be faster here, and less exact" if now is torch.float32 else ""
+        return Choice("dtype", False, f"{now} stays{hint if has_bf16(device) else ''}")
+    if wanted not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"compile(dtype={wanted}): choose torch.float32, torch.bfloat16 or torch.float16.")
+    slow = ", which this device has no units for" if wanted is torch.bfloat16 and not has_bf16(device) else ""
+    return Choice("dtype", True, f"{now} becomes {wanted} as asked{slow}")
 
 
 def _float8(pipeline: DiffusionPipeline, names: tuple[str, ...], least_psnr: float, stack: ExitStack) -> Choice:
