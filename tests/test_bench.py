@@ -1,11 +1,14 @@
 """Operations against PyTorch's own counter, the published bounds, and the command from end to end."""
 
+import argparse
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +20,10 @@ from skipdit import (
     make_scheduler,
 )
 from skipdit.cli import main
-from skipdit.evaluation.bench_measure import Timing, time_in_turns
+from skipdit.evaluation.bench import add_arguments
+from skipdit.evaluation.bench_breakdown import make_parts
+from skipdit.evaluation.bench_measure import Timing, plain_pipeline, time_in_turns
+from skipdit.evaluation.bench_plan import make_plan
 from skipdit.evaluation.bench_report import to_markdown
 from skipdit.operations import count_operations, speedup_bound
 
@@ -278,3 +284,98 @@ def test_a_mistake_is_one_sentence(words, models, tmp_path, capsys, monkeypatch)
     assert MISTAKES[words] in captured.err
     assert captured.err.startswith("skipdit: ") and captured.err.count("\n") == 1
     assert not (tmp_path / "outputs").exists()
+
+
+# ---------------------------------------------------------------------- where time goes, and against the plain path
+
+
+def planned(model: Path, output: Path, *words: str):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return make_plan(parser.parse_args(["--model", str(model), "--output", str(output), *FAST, *words]))
+
+
+@pytest.mark.parametrize(("name", "words"), [("latte", []), ("dit", []), ("free", []), ("dit", ["--no-guidance"])])
+def test_the_parts_make_up_a_step(name, words, models, tmp_path):
+    """Their operations, times how often a step does them, are those of the step."""
+    plan = planned(models[name], tmp_path, *words)
+    parts = make_parts(plan, plain_pipeline(plan))
+    assert sum(part.full * part.operations for part in parts) == plan.full.total
+    assert sum(part.reused * part.operations for part in parts) == plan.reused.total
+    attention = {part.name: part.full for part in parts if "attention" in part.name}
+    assert attention == ({"spatial attention": 12} if name == "dit" else dict.fromkeys(attention, 6))
+    assert all(part.moved > 0 for part in parts)
+
+
+def test_bytes_of_a_part(models, tmp_path):
+    """Float32: x read, normed written, read by fc1, hidden written and read, output written, gate reads two, writes."""
+    plan = planned(models["latte"], tmp_path)
+    parts = {part.name: part for part in make_parts(plan, plain_pipeline(plan))}
+    tokens, dim, hidden = 2 * 4 * 16, 16, 40
+    weights = 2 * dim * hidden + dim + hidden
+    assert parts["MLP"].moved == 4 * (tokens * (2 * dim + dim + 2 * hidden + dim + 3 * dim) + weights)
+    plan = planned(models["latte"], tmp_path, "--dtype", "bf16")
+    parts_of_half = {part.name: part for part in make_parts(plan, plain_pipeline(plan))}
+    for name in ("MLP", "skip fusion", "temporal attention", "final layer"):
+        assert parts_of_half[name].moved * 2 == parts[name].moved
+
+
+def test_a_breakdown_end_to_end(models, tmp_path, root):
+    folder = tmp_path / "pipeline"
+    (folder / "vae").mkdir(parents=True)
+    (folder / "transformer").mkdir()
+    (folder / "transformer/config.json").write_text((models["latte"] / "config.json").read_text())
+    vae = json.loads((root / "pretrained/digits/vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps(vae))
+    report = bench(folder, tmp_path / "out", "--breakdown")
+    figures = report["breakdown"]
+    assert figures["matrix_rate"] > 0 and figures["memory_rate"] > 0
+    names = [part["name"] for part in figures["parts"]]
+    assert names == [
+        *("embedding", "modulation (adaLN)", "spatial attention", "temporal attention", "MLP"),
+        *("skip fusion", "final layer", "sampler", "VAE, all frames"),
+    ]
+    table = (tmp_path / "out/bench.md").read_text()
+    total = 0.0
+    for part in figures["parts"]:
+        by_rates = part["operations"] / figures["matrix_rate"], part["bytes"] / figures["memory_rate"]
+        assert part["limit"] == pytest.approx(max(by_rates))
+        shown = cells(table, part["name"])
+        assert shown[3] == f"{part['seconds']['median'] * 1e3:.3g} ms"
+        assert shown[6] == f"{part['limit'] / part['seconds']['median']:.0%}"
+        total += part["full"] * part["seconds"]["median"] * (part["name"] != "sampler")
+    assert cells(table, "forward, sum of parts")[7] == f"{total * 1e3:.3g} ms"
+    assert cells(table, "forward, measured whole")[7] == f"{report['modes']['eager']['full']['median'] * 1e3:.3g} ms"
+    assert names[-1] not in [
+        part["name"] for part in bench(models["latte"], tmp_path, "--breakdown")["breakdown"]["parts"]
+    ]
+
+
+@torch.no_grad()
+def test_operations_of_the_autoencoder(models, tmp_path, root):
+    """Four frames of 8x8 latents by PyTorch's own counter on a real one; bytes grow with the frames, weights do not."""
+    config = json.loads((root / "pretrained/digits/vae/config.json").read_text())
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    plan = dataclasses.replace(planned(models["latte"], tmp_path), vae=settings)
+    part = make_parts(plan, plain_pipeline(plan))[-1]
+    vae = AutoencoderKL(**settings)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        vae.decode(torch.randn(4, 4, 8, 8))
+    assert part.operations == counter.get_total_flops()
+    assert part.moved > 4 * sum(p.numel() for p in vae.decoder.parameters())
+
+
+def test_against_the_plain_path(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)  # nothing to compile with: seconds less
+    report = bench(models["latte"], tmp_path, "--against-plain")
+    figures, plain, fast = report["against_plain"], report["modes"]["eager"], report["modes"]["fast"]
+    table = (tmp_path / "bench.md").read_text()
+    assert "Faster on cpu by modulation, decoder" in fast["choices"] and fast["choices"] in table
+    for kind in ("full", "reused"):
+        assert figures[kind] == pytest.approx(plain[kind]["median"] / fast[kind]["median"])
+        assert cells(table, f"{kind} step")[3] == f"{figures[kind]:.2f}"
+    assert [row["interval"] for row in figures["sampling"]] == [1, 2, 3]
+    for row, one, other in zip(figures["sampling"], plain["sampling"], fast["sampling"], strict=True):
+        assert row["times"] == pytest.approx(one["seconds"]["median"] / other["seconds"]["median"])
+        assert row["difference"] < 1e-5
+    assert "--against-plain" in table

@@ -30,6 +30,8 @@ OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
 )
 FLAGS: tuple[tuple[str, str], ...] = (
     ("--compile", "measure torch.compile beside eager mode, in turns"),
+    ("--against-plain", "measure pipe.compile() beside the plain path, in turns"),
+    ("--breakdown", "also where the time of a step goes, part by part, and what the hardware would allow"),
     ("--no-guidance", "one pass a step; a class-conditional model is measured with guidance otherwise"),
 )
 
@@ -51,13 +53,15 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: An option does not fit, or the device runs out of memory.
     """
+    from .bench_breakdown import measure_breakdown
     from .bench_measure import measure
     from .bench_plan import make_plan
     from .bench_report import make_report, to_markdown, write_report
 
     plan = make_plan(args)
     results = measure(plan, tell=lambda line: print(line, flush=True))
-    report = make_report(plan, results, command_line(args))
+    breakdown = measure_breakdown(plan) if plan.breakdown else None
+    report = make_report(plan, results, command_line(args), breakdown)
     write_report(report, plan.output)
     print(f"\n{to_markdown(report)}\nTables, figures and the plot are in {plan.output.resolve()}")
     return 0

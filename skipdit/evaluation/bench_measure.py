@@ -3,7 +3,8 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from ..schedulers import make_scheduler
 from ..weights import DTYPES
 from .bench_plan import BenchPlan
 
-__all__ = ["ModeResult", "Timing", "measure", "time_in_turns", "timed"]
+__all__ = ["ModeResult", "Timing", "enough_memory", "measure", "plain_pipeline", "time_in_turns", "timed"]
 
 WARM_UP_PAIRS = 2
 WARM_UP_STEPS = 4  # few, but with full and reused steps in every published window
@@ -39,16 +40,20 @@ class Timing:
 
 @dataclass(frozen=True)
 class ModeResult:
-    """What one mode (eager, compiled) took.
+    """What one mode (eager, compiled, fast) took.
 
     Attributes:
         full, reused: One forward.
         sampling: Interval -> a whole sampling up to the latents; 1 stands for no cache.
+        difference: Interval -> relative error of these latents against the first mode's.
+        choices: What `pipe.compile` chose, in words; "" for other modes.
     """
 
     full: Timing
     reused: Timing
     sampling: dict[int, Timing]
+    difference: dict[int, float]
+    choices: str = ""
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -95,8 +100,15 @@ def measure(plan: BenchPlan, tell: Callable[[str], None] = lambda line: None) ->
     Raises:
         UserError: The device runs out of memory.
     """
-    try:
+    with enough_memory(plan):
         return _measure(plan, tell)
+
+
+@contextmanager
+def enough_memory(plan: BenchPlan) -> Iterator[None]:
+    """Tell the user what to do when the device runs out of memory."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{plan.device} has too little memory: lower --batch-size {plan.batch_size} or take --dtype bf16."
@@ -126,8 +138,9 @@ def _measure(plan: BenchPlan, tell: Callable[[str], None]) -> dict[str, ModeResu
     )
     many = len(settings) * len(plan.modes) * plan.rounds
     tell(f"{many} samplings of {plan.steps} steps: about {expected:.0f} s")
+    latents: dict[tuple[str, int], torch.Tensor] = {}
     samplings = {
-        (mode, interval): _sampling_stopwatch(pipeline, plan, interval, cache)
+        (mode, interval): _sampling_stopwatch(pipeline, plan, interval, cache, latents, (mode, interval))
         for interval, cache in settings.items()
         for mode, pipeline in pipelines.items()
     }
@@ -140,29 +153,43 @@ def _measure(plan: BenchPlan, tell: Callable[[str], None]) -> dict[str, ModeResu
             full=took[mode, "full"],
             reused=took[mode, "reused"],
             sampling={interval: sampled[mode, interval] for interval in settings},
+            difference={n: _difference(latents[mode, n], latents[plan.modes[0], n]) for n in settings},
+            choices=str(pipelines[mode]._acceleration or ""),
         )
         for mode in plan.modes
     }
 
 
-def _pipelines(plan: BenchPlan) -> dict[str, SkipPipeline]:
-    """Mode -> a pipeline with random weights and no autoencoder."""
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def plain_pipeline(plan: BenchPlan) -> SkipPipeline:
+    """A pipeline with random weights and no autoencoder."""
     torch.manual_seed(0)
     model = plan.model_class(**plan.settings).eval().requires_grad_(False)
     for parameter in model.parameters():
         if not parameter.any():  # multiplying zeros takes less power, which makes a GPU faster than it is
             torch.nn.init.normal_(parameter, std=0.02)
-    model = torch.nn.Module.to(model, plan.device, DTYPES[plan.dtype])
-    models = {"eager": model}
-    if plan.compiled:
-        models["compiled"] = copy.deepcopy(model)
-        models["compiled"].compile()
+    return _pipeline_of(torch.nn.Module.to(model, plan.device, DTYPES[plan.dtype]), plan)
+
+
+def _pipeline_of(model: SkipBackbone, plan: BenchPlan) -> SkipPipeline:
     pipeline_class = SkipLattePipeline if plan.is_video else SkipDiTPipeline
-    pipelines = {
-        mode: pipeline_class(model, vae=None, scheduler=make_scheduler(plan.sampler)) for mode, model in models.items()
-    }
-    for pipeline in pipelines.values():
-        pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_class(model, vae=None, scheduler=make_scheduler(plan.sampler))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _pipelines(plan: BenchPlan) -> dict[str, SkipPipeline]:
+    """Mode -> a pipeline; all have the same weights."""
+    pipelines = {"eager": plain_pipeline(plan)}
+    for mode in plan.modes[1:]:
+        pipelines[mode] = _pipeline_of(copy.deepcopy(pipelines["eager"].transformer), plan)
+    if "compiled" in pipelines:
+        pipelines["compiled"].transformer.compile()
+    if "fast" in pipelines:
+        pipelines["fast"].compile()
     return pipelines
 
 
@@ -184,12 +211,17 @@ def _step_stopwatches(model: SkipBackbone, plan: BenchPlan) -> dict[str, Callabl
 
 
 def _sampling_stopwatch(
-    pipeline: SkipPipeline, plan: BenchPlan, interval: int, cache: SkipCacheConfig | None
+    pipeline: SkipPipeline,
+    plan: BenchPlan,
+    interval: int,
+    cache: SkipCacheConfig | None,
+    latents: dict[tuple[str, int], torch.Tensor],
+    name: tuple[str, int],
 ) -> Callable[[], float]:
-    """A whole sampling; also sees that it ran the steps that the plan counts."""
+    """A whole sampling, whose result goes into `latents`; also sees that it ran the steps that the plan counts."""
 
     def run() -> float:
-        seconds, (full, reused) = _sample(pipeline, plan, cache, plan.steps)
+        seconds, (full, reused), latents[name] = _sample(pipeline, plan, cache, plan.steps)
         planned = sum(plan.schedules[interval])
         if (full, reused) != (planned, len(plan.schedules[interval]) - planned):
             raise RuntimeError(
@@ -202,8 +234,8 @@ def _sampling_stopwatch(
 
 def _sample(
     pipeline: SkipPipeline, plan: BenchPlan, cache: SkipCacheConfig | None, steps: int
-) -> tuple[float, tuple[int, int]]:
-    """Seconds, and how many steps were full and reused."""
+) -> tuple[float, tuple[int, int], torch.Tensor]:
+    """Seconds, how many steps were full and reused, and the latents."""
     model = pipeline.transformer
     unconditional = model.config.num_classes is None
     inputs = {
@@ -213,12 +245,18 @@ def _sample(
         "guidance_scale": GUIDANCE_SCALE if plan.guided else 1.0,
         "generator": torch.Generator().manual_seed(0),
         "output_type": "latent",
+        "return_dict": False,
     }
+    made: list[torch.Tensor] = []
+
+    def call() -> None:
+        made[:] = pipeline(**inputs)
+
     if cache is None:
-        return timed(lambda: pipeline(**inputs), plan.device), (len(pipeline.scheduler.timesteps), 0)
+        return timed(call, plan.device), (len(pipeline.scheduler.timesteps), 0), made[0]
     model.enable_cache(cache)
     try:
-        seconds = timed(lambda: pipeline(**inputs), plan.device)
-        return seconds, (model.cache_stats.full, model.cache_stats.reused)
+        seconds = timed(call, plan.device)
+        return seconds, (model.cache_stats.full, model.cache_stats.reused), made[0]
     finally:
         model.disable_cache()

@@ -1,16 +1,14 @@
 """What `skipdit bench` is going to measure: every option checked against the model, nothing computed yet."""
 
 import argparse
-import importlib.util
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..acceleration import compiler_for
 from ..cache import SkipCacheConfig
 from ..config import nearest
 from ..errors import UserError
@@ -25,6 +23,13 @@ __all__ = ["BenchPlan", "make_plan"]
 
 MODELS = {cls.__name__: cls for cls in (SkipDiTTransformer2DModel, SkipLatteTransformer3DModel)}
 PUBLISHED_VAE_SCALE = 8  # pixels per latent position
+# Stable Diffusion's, which the published models use.
+PUBLISHED_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
 PRESET_PIXELS, PRESET_FRAMES = 256, 16
 PRESET_CLASSES = {SkipDiTTransformer2DModel: 1000, SkipLatteTransformer3DModel: 101}  # ImageNet, UCF101
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -45,7 +50,10 @@ class BenchPlan:
         schedules: Interval -> the trajectory's steps, True for a full one; 1 stands for no cache.
         shallow: Units that run at each end of a reused step.
         sampler, steps: The trajectory.
-        device, dtype, compiled: `compiled` adds a second mode.
+        device, dtype: What it runs on and in.
+        compiled, against_plain: Each adds a mode: the whole network by torch.compile; `pipe.compile()`.
+        breakdown: Whether the parts of a step are measured too.
+        vae: Constructor arguments of the autoencoder that the breakdown measures; None: there is none.
         repeats: Timed pairs of a full and a reused step.
         rounds: Timed samplings of each setting.
         full, reused: Operations of the two kinds of step.
@@ -67,6 +75,9 @@ class BenchPlan:
     device: torch.device
     dtype: str
     compiled: bool
+    against_plain: bool
+    breakdown: bool
+    vae: dict[str, Any] | None
     repeats: int
     rounds: int
     full: Operations
@@ -89,7 +100,8 @@ class BenchPlan:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return ("eager", "compiled") if self.compiled else ("eager",)
+        """The plain path first."""
+        return ("eager", *["compiled"] * self.compiled, *["fast"] * self.against_plain)
 
 
 def make_plan(args: argparse.Namespace) -> BenchPlan:
@@ -104,7 +116,8 @@ def make_plan(args: argparse.Namespace) -> BenchPlan:
         raise UserError(f"--dtype {args.dtype}: choose from {', '.join(DTYPES)}.")
     if args.dtype == "fp16" and device.type == "cpu":
         raise UserError("--dtype fp16 is far slower than fp32 on a CPU: take fp32 or bf16, or a CUDA device.")
-    model_class, settings, scale = _find(args.model)
+    model_class, settings, vae = _find(args.model)
+    scale = _vae_scale(vae)
     settings = _sized(model_class, settings, scale, args)
     with torch.device("meta"):
         try:
@@ -140,6 +153,9 @@ def make_plan(args: argparse.Namespace) -> BenchPlan:
         device=device,
         dtype=args.dtype,
         compiled=args.compile,
+        against_plain=args.against_plain,
+        breakdown=args.breakdown,
+        vae=_decodable(vae, cfg.in_channels),
         repeats=args.repeats,
         rounds=args.rounds,
         full=count_operations(model, input_shape),
@@ -170,8 +186,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _find(name: str) -> tuple[type[SkipBackbone], dict[str, Any], int]:
-    """Class, constructor arguments and pixels per latent position of a preset or a folder."""
+def _find(name: str) -> tuple[type[SkipBackbone], dict[str, Any], dict[str, Any] | None]:
+    """Class and constructor arguments of a preset or a folder, and its autoencoder's config if that is known."""
     if name in PRESETS:
         model_class, settings = PRESETS[name]
         sizes = {
@@ -180,13 +196,14 @@ def _find(name: str) -> tuple[type[SkipBackbone], dict[str, Any], int]:
         }
         if model_class is SkipLatteTransformer3DModel:
             sizes["num_frames"] = PRESET_FRAMES
-        return model_class, {**settings, **sizes}, PUBLISHED_VAE_SCALE
+        return model_class, {**settings, **sizes}, PUBLISHED_VAE
     if name.startswith(("DiT-", "Latte-")) and not Path(name).is_dir():
         raise UserError(f"No preset {name!r}: {nearest(name, list(PRESETS))}")
     for folder in (Path(name), CHECKOUT / name):  # the carried pipeline is found from any folder
         for part in (folder / "transformer" / "config.json", folder / "config.json"):
             if part.is_file():
-                return *_read(part), _vae_scale(folder / "vae" / "config.json")
+                vae = folder / "vae" / "config.json"
+                return *_read(part), _json(vae) if vae.is_file() else None
     raise UserError(
         f"No model {name!r}: it is neither a preset such as Latte-XL/2-skip nor a folder with the "
         "config.json of a model or pipeline."
@@ -201,9 +218,18 @@ def _read(path: Path) -> tuple[type[SkipBackbone], dict[str, Any]]:
     return model_class, {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
-def _vae_scale(path: Path) -> int:
-    channels = _json(path).get("block_out_channels") if path.is_file() else None
+def _vae_scale(vae: dict[str, Any] | None) -> int:
+    """Pixels per latent position."""
+    channels = (vae or PUBLISHED_VAE).get("block_out_channels")
     return 2 ** (len(channels) - 1) if channels else PUBLISHED_VAE_SCALE
+
+
+def _decodable(vae: dict[str, Any] | None, channels: int) -> dict[str, Any] | None:
+    """Constructor arguments of an AutoencoderKL; None for another kind or one of other latents."""
+    if vae is None or vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        return None
+    settings = {key: value for key, value in vae.items() if not key.startswith("_")}
+    return settings if settings.get("latent_channels", 4) == channels else None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -260,8 +286,6 @@ def _schedules(caches: dict[int, SkipCacheConfig], args: argparse.Namespace) -> 
 
 
 def _check_compiler(device: torch.device) -> None:
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError("--compile on a CUDA device needs Triton, which is not installed: leave --compile out.")
-    compilers = (os.environ.get("CXX"), "g++", "clang++")
-    if device.type == "cpu" and os.name == "posix" and not any(c and shutil.which(c) for c in compilers):
-        raise UserError("--compile on a CPU needs a C++ compiler, such as g++: install one or leave it out.")
+    compiler, missing = compiler_for(device)
+    if not compiler:
+        raise UserError(f"--compile: {missing}; leave --compile out.")

@@ -4,13 +4,17 @@ import json
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import written_whole
 from ..operations import speedup_bound
 from .bench_measure import ModeResult, Timing
+from .bench_parts import breakdown_figures, breakdown_table, plain_figures, plain_table
 from .bench_plan import BenchPlan
 from .machine import hardware, software
+
+if TYPE_CHECKING:
+    from .bench_breakdown import Breakdown
 
 __all__ = ["AIM", "make_report", "to_markdown", "write_report"]
 
@@ -18,18 +22,22 @@ AIM = 1.3
 """A reused step should cost at most this many times its share of the operations."""
 
 
-def make_report(plan: BenchPlan, results: dict[str, ModeResult], command: str) -> dict[str, Any]:
+def make_report(
+    plan: BenchPlan, results: dict[str, ModeResult], command: str, breakdown: "Breakdown | None" = None
+) -> dict[str, Any]:
     """All figures, unrounded, in plain types.
 
     Args:
         plan: What was measured.
         results: Mode -> times.
         command: What reproduces it.
+        breakdown: Of the plain path, if that was asked for.
 
     Returns:
         `command`, `date`, `hardware`, `software`, `setting`; `operations` (per step, by kind, and `share`);
         `sampling` (per interval: steps, operations, bound); `modes` (per mode: times of the steps,
-        `time_share`, `cost_per_operation` = time_share / share, and per interval seconds and speed-up).
+        `time_share`, `cost_per_operation` = time_share / share, and per interval seconds and speed-up);
+        `against_plain` and `breakdown` where these were measured.
     """
     steps = plan.schedules[1]
     sampling = []
@@ -45,6 +53,12 @@ def make_report(plan: BenchPlan, results: dict[str, ModeResult], command: str) -
                 "bound": speedup_bound(schedule, plan.share),
             }
         )
+    modes = {mode: _mode(result, plan.share) for mode, result in results.items()}
+    more = {}
+    if "fast" in results:
+        more["against_plain"] = plain_figures(modes, results["fast"].difference)
+    if breakdown is not None:
+        more["breakdown"] = breakdown_figures(breakdown)
     return {
         "command": command,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -71,7 +85,8 @@ def make_report(plan: BenchPlan, results: dict[str, ModeResult], command: str) -
             "reused_by_kind": asdict(plan.reused),
         },
         "sampling": sampling,
-        "modes": {mode: _mode(result, plan.share) for mode, result in results.items()},
+        "modes": modes,
+        **more,
     }
 
 
@@ -83,6 +98,7 @@ def _mode(result: ModeResult, share: float) -> dict[str, Any]:
         "reused": asdict(result.reused),
         "time_share": time_share,
         "cost_per_operation": time_share / share,
+        **({"choices": result.choices} if result.choices else {}),
         "sampling": [
             {"interval": interval, "seconds": asdict(timing), "speedup": uncached / timing.median}
             for interval, timing in result.sampling.items()
@@ -94,11 +110,13 @@ def _mode(result: ModeResult, share: float) -> dict[str, Any]:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """Two tables under a line on what was measured, and a sentence for each mode on the aim."""
-    return (
-        "\n\n".join([_about(report), _steps_table(report), _verdict(report), _sampling_table(report), _notes(report)])
-        + "\n"
-    )
+    """Two tables under a line on what was measured, a sentence for each mode on the aim, and further tables."""
+    parts = [_about(report), _steps_table(report), _verdict(report), _sampling_table(report), _notes(report)]
+    if "against_plain" in report:
+        parts.append(plain_table(report))
+    if "breakdown" in report:
+        parts.append(breakdown_table(report["breakdown"], report["modes"]["eager"]["full"]["median"]))
+    return "\n\n".join(parts) + "\n"
 
 
 def _about(report: dict[str, Any]) -> str:
