@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from .collection import Collection
 from .config import save_config
 from .errors import UserError
-from .files import check_writable, only_call
+from .files import LONGEST_WAIT, check_writable, only_call
 from .media import Pixels
 from .pipelines import SkipPipeline
 from .planning import SamplePlan
@@ -25,9 +24,6 @@ from .sample_report import SampleReport, report
 from .streaming import sample_indices
 
 __all__ = ["collect", "device_of", "split_evenly"]
-
-LONGEST_WAIT = timedelta(days=7)
-"""How long a process may wait for the others, whose shares can take longer."""
 
 Item = TypeVar("Item")
 

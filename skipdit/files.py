@@ -7,14 +7,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["check_writable", "only_call", "remove_unfinished", "written_whole"]
+__all__ = ["LONGEST_WAIT", "check_writable", "only_call", "remove_unfinished", "written_whole"]
 
 UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 """What `written_whole` calls the folder that it writes in."""
+
+
+LONGEST_WAIT = timedelta(days=7)
+"""How long one of several processes may wait for the others, whose shares of work can take longer."""
 
 
 @contextmanager

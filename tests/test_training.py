@@ -17,6 +17,7 @@ import torch
 import training_child
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
+from painted import write_frames
 from safetensors.torch import load_file
 from scripted_detector import write_detector
 from torch.utils.data import Dataset
@@ -27,6 +28,7 @@ from skipdit.evaluation.metrics import frechet_distance
 from skipdit.evaluation.networks import load_detector
 from skipdit.evaluation.sides import DigitsSide
 from skipdit.evaluation.statistics import Moments
+from skipdit.files import only_call
 from skipdit.operations import count_operations
 from skipdit.pipelines import SkipLattePipeline
 from skipdit.streaming import sample_generators
@@ -249,6 +251,54 @@ def test_a_full_disk_leaves_the_previous_checkpoint(trainer, tmp_path):
     assert trainer("full", "max_steps=2", "resume=latest").step == 1
 
 
+def test_resume_of_moved_data_goes_on_and_of_other_files_is_refused(words, tmp_path):
+    for name in "abcd":
+        write_frames(tmp_path / "here" / name / "clip", 6)
+    model = "{sample_size: 8, patch_size: 2, hidden_size: 32, depth: 4, num_heads: 2, num_frames: 4, num_classes: 4}"
+
+    def trainer(root: str, *more: str, size: int = 16, share: float = 0.05) -> Trainer:
+        arguments = f"{{root: {tmp_path / root}, num_frames: 4, size: {size}, max_bad_share: {share}}}"
+        clips = ["data.name=clips", "data.precompute_latents=false", f"model.arguments={model}", *more]
+        of_digits = [word for word in words("run") if not word.startswith("data.")]
+        settings = [*of_digits, "max_steps=2", "save_every=1", f"data.arguments={arguments}", *clips]
+        return Trainer(load_config(TrainConfig, None, settings))
+
+    trainer("here").fit()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert trainer("there", "resume=latest", share=0.5).step == 2
+    with pytest.raises(UserError, match="data.arguments.size was 16 and is 32"):
+        trainer("there", "resume=latest", size=32)
+    (tmp_path / "there" / "b").rename(tmp_path / "there" / "bb")
+    with pytest.raises(UserError, match="trained on other files"):
+        trainer("there", "resume=latest")
+
+
+def test_a_checkpoint_set_aside_gets_its_name_back(trainer, tmp_path):
+    """Killed between the two renames of a second save at one step."""
+    trainer("out", "max_steps=2").fit()
+    folder = final(tmp_path / "out")
+    folder.rename(folder.with_name(f".{folder.name}.replaced.partial"))
+    assert trainer("out", "max_steps=2", "resume=latest").step == 2
+
+
+def test_checkpoints_of_two_runs_do_not_mix(trainer, tmp_path):
+    trainer("one", "max_steps=2", "save_every=1").fit()
+    trainer("two", "max_steps=4").fit()
+    with pytest.raises(UserError, match="newer checkpoints than step-0000002"):
+        trainer("two", f"resume={final(tmp_path / 'one')}")
+
+
+def test_one_run_at_a_time_writes_to_an_output(trainer, tmp_path):
+    run = trainer("out", "max_steps=2")
+    with only_call("train", tmp_path / "out"), pytest.raises(UserError, match="Another skipdit train"):
+        run.fit()
+
+
+def test_the_average_may_have_its_decay_from_the_start(trainer):
+    run = trainer("out", "ema.decay=0.9", "ema.warmup_power=null")
+    assert [run.average.ema.get_decay(step) for step in (2, 3, 1000)] == [0.9] * 3
+
+
 def test_resume_refuses_another_model(trainer):
     trainer("run").fit()
     with pytest.raises(UserError, match="belongs to another run .model.arguments.depth was 4 and is 8"):
@@ -456,8 +506,8 @@ def test_unreadable_items_are_named_once_and_count_nothing(on_clips, tmp_path, c
     run.fit()
     printed = capsys.readouterr().out
     assert printed.count("clip3.mp4 cannot be read (it is empty); it is left out") == 1
-    assert [entry["unreadable_items"] for entry in log_of(tmp_path / "bad")][-1] == 1
-    assert run.unreadable == {3} and run.dropped == 0
+    assert [entry["unreadable_files"] for entry in log_of(tmp_path / "bad")][-1] == 1
+    assert run.unreadable == {"clip3.mp4"} and run.dropped == 0
     losses = run.losses(
         {"video": torch.zeros(2, 4, 3, 16, 16), "class_label": torch.tensor([1, 0]), "unreadable": {1: (3, "")}},
         0,
@@ -467,8 +517,30 @@ def test_unreadable_items_are_named_once_and_count_nothing(on_clips, tmp_path, c
     torch.testing.assert_close(losses.objective, losses.items["loss"][0] / 2)
 
 
+def test_the_first_item_may_be_unreadable_too(on_clips, tmp_path):
+    on_clips("bad", "{bad: [0, 1]}", "max_steps=2").fit()
+    assert log_of(tmp_path / "bad")[-1]["unreadable_files"] >= 1
+    with pytest.raises(UserError, match="No item of the data can be read.*clip9.mp4"):
+        on_clips("none", "{bad: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]}")
+
+
+def test_one_bad_file_behind_many_items_counts_once(on_clips, tmp_path, monkeypatch, capsys):
+    """As a joint image is: each of three clips meets the same bad file."""
+
+    def item(self, index, epoch):
+        if index < 3:
+            raise UnreadableError(Path("shared.mp4"), "it is empty")
+        return whole(self, index, epoch)
+
+    whole = Clips.item
+    monkeypatch.setattr(Clips, "item", item)
+    on_clips("bad", "{length: 8}", "max_steps=6").fit()  # three items would be more than max_bad_share of 8
+    assert log_of(tmp_path / "bad")[-1]["unreadable_files"] == 1
+    assert capsys.readouterr().out.count("shared.mp4 cannot be read") == 1
+
+
 def test_too_many_unreadable_items_stop_the_run(on_clips):
-    with pytest.raises(UserError, match="3 of 8 items cannot be read .named above., more than .*max_bad_share"):
+    with pytest.raises(UserError, match="3 files of 8 items cannot be read .named above., more than .*max_bad_share"):
         on_clips("bad", "{length: 8, bad: [1, 3, 5]}").fit()
 
 

@@ -74,7 +74,8 @@ class ClipDataset(Dataset):
     """Clips below a folder: UCF101's class folders or split lists, any tree of videos or of frame folders.
 
     The frames of each clip are counted once and kept in `cache_dir`. Clips that are damaged, empty or too short are
-    left out, counted and named in the log; more than `max_bad_share` of them stop everything.
+    left out, counted and named in the log. More than `max_bad_share` of damaged ones stop everything, as does an empty
+    rest.
 
     Args:
         root: Folder of the set.
@@ -89,7 +90,7 @@ class ClipDataset(Dataset):
             `image_root`; in a set with classes a picture's class is the second "_" field of its video's name.
         image_root: Folder of that list's pictures; None: the root.
         seed: Of the random choices.
-        max_bad_share: Of the clips, 0..1.
+        max_bad_share: Of damaged clips, 0..1; those that are merely too short do not count.
         index: File that keeps the frame counts; None: one in `cache_dir`.
         cache_dir: Folder for the frame counts (a training run gives its own); None: they are not kept.
 
@@ -131,6 +132,8 @@ class ClipDataset(Dataset):
             raise ValueError(f"max_bad_share must be in [0, 1], not {max_bad_share}.")
         if image_list is not None and not images:
             raise ValueError("image_list needs images, the number of joint frames.")
+        if image_root is not None and image_list is None:
+            raise ValueError("image_root needs image_list, the list of pictures below it.")
         self.root, self.num_frames, self.frame_interval = Path(root), num_frames, frame_interval
         self.size, self.flip, self.seed, self.images = sides(size), flip, seed, images
         self.max_bad_share = max_bad_share
@@ -146,16 +149,18 @@ class ClipDataset(Dataset):
     def _index(self, clips: list[Path], store: Path | None) -> None:
         self.entries: list[Entry] = []
         self.rejected: list[tuple[Path, str]] = []
+        damaged = 0
         span = self.num_frames * self.frame_interval
         counts = count_frames(self.root, clips, store)
         for path, frames in counts.items():
             if isinstance(frames, str):
                 self.rejected.append((path, frames))
+                damaged += 1
             elif frames < span:
                 self.rejected.append((path, f"too short, {frames} of {span} frames"))
             else:
                 self.entries.append(Entry(path, self._class_of(path), frames))
-        check_rejected(self.rejected, len(clips), self.max_bad_share)
+        check_rejected(self.rejected, damaged, len(clips), self.max_bad_share)
 
     def _class_of(self, path: Path) -> int | None:
         return None if self.class_names is None else self.class_names.index(path.relative_to(self.root).parts[0])
@@ -170,11 +175,13 @@ class ClipDataset(Dataset):
         if self.class_names is None:
             return None
         fields = name.split("_")
-        if len(fields) < 2 or fields[1] not in self.class_names:
+        # UCF101 has v_HandStandPushups_g01_c01 in the folder HandstandPushups.
+        numbers = {name.casefold(): number for number, name in enumerate(self.class_names)}
+        if len(fields) < 2 or fields[1].casefold() not in numbers:
             raise UserError(
                 f"The class of {path} is not known: no class folder is called as the second '_' field of {name!r}."
             )
-        return self.class_names.index(fields[1])
+        return numbers[fields[1].casefold()]
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -111,7 +111,7 @@ class VideoFile:
 
         found: dict[int, Frames] = {}
         try:
-            with av.open(str(self.path)) as container:
+            with av.open(str(self.path), metadata_errors="replace") as container:
                 stream = container.streams.video[0]
                 stream.codec_context.thread_count = 1  # loaders run a process a core
                 decoded: Iterator[tuple[int, av.VideoFrame]] = enumerate(container.decode(stream))
@@ -136,13 +136,15 @@ def _read_packets(path: Path, size: int, changed_ns: int) -> Packets:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
             name, reorders = container.format.name, stream.codec_context.has_b_frames
             if any(packet.is_corrupt for packet in packets):
                 raise UnreadableError(path, f"it is cut off after {len(packets) - 1} frames")
-    except (av.FFmpegError, IndexError, OSError) as error:
+    except UnreadableError:
+        raise
+    except (av.FFmpegError, IndexError, OSError, ValueError) as error:
         raise UnreadableError(path, "it has no video" if isinstance(error, IndexError) else _reason(error)) from error
     if not packets:
         raise UnreadableError(path, "it has no frames")

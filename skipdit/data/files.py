@@ -59,6 +59,8 @@ def class_folders(root: Path, paths: Sequence[Path]) -> list[str]:
         UserError: A path lies in none of them.
     """
     for path in paths:
+        if path == root:
+            raise UserError(f"{root} holds pictures beside its class folders: move them away.")
         if len(path.relative_to(root).parts) < 2:
             raise UserError(
                 f"{path} lies in no class folder of {root}: sort the files into one folder a class, or set "
@@ -100,13 +102,19 @@ def _leads_out(name: str) -> bool:
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
-def check_rejected(rejected: Sequence[tuple[Path, str]], total: int, max_bad_share: float) -> None:
+def check_rejected(rejected: Sequence[tuple[Path, str]], damaged: int, total: int, max_bad_share: float) -> None:
     """Name the files that are left out, once.
 
+    Args:
+        rejected: All of them, with the reason.
+        damaged: How many of them are not merely too short.
+        total: Files there are.
+        max_bad_share: Of damaged ones, 0..1.
+
     Raises:
-        UserError: They are more than the share allows, or all.
+        UserError: The damaged ones are more than the share allows, or no file is left.
     """
-    if len(rejected) > max_bad_share * total or len(rejected) == total:
+    if damaged > max_bad_share * total or len(rejected) == total:
         listed = "; ".join(f"{path}: {reason}" for path, reason in rejected[:SHOWN])
         more = f"; and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
         limit = f", more than max_bad_share={max_bad_share:g} allows" if len(rejected) < total else ""

@@ -43,7 +43,10 @@ def count_frames(root: Path, clips: Sequence[Path], store: Path | None) -> dict[
             bar = tqdm(counts, total=len(fresh), desc="Counting frames", unit="clip", disable=None)
             result.update(zip(fresh, bar, strict=True))
         if store is not None:
-            entries = {**_read(store), **{keys[clip]: [marks[clip], result[clip]] for clip in clips}}
+            # Not why a clip cannot be read: it may be mended in place, or the disk be back the next time.
+            counted = {keys[clip]: [marks[clip], result[clip]] for clip in clips if isinstance(result[clip], int)}
+            broken = {keys[clip] for clip in clips} - set(counted)
+            entries = {key: value for key, value in _read(store).items() if key not in broken} | counted
             try:
                 with written_whole(store) as temporary:
                     temporary.write_text(json.dumps({"format": FORMAT, "clips": entries}), encoding="utf-8")

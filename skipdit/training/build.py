@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -13,7 +14,8 @@ from torch.utils.data import Dataset
 
 from ..config import nearest
 from ..data.latents import hash_weights
-from ..errors import UserError
+from ..errors import UnreadableError, UserError
+from ..files import LONGEST_WAIT
 from ..models import SkipBackbone
 from ..models.presets import FAMILIES, PRESETS
 from .config import DataConfig, ModelConfig, TrainConfig
@@ -93,7 +95,7 @@ def check_fit(
 
 def _check_shape(model: SkipBackbone, vae: AutoencoderKL, dataset: Dataset, config: DataConfig) -> None:
     cfg = model.config
-    item = read_item(dataset, Draw(0, 0))
+    item = _first_readable(dataset)
     latents = item["mean"] if "mean" in item else encode(vae, item["video"][None], config.encode_batch)[0][0]
     sides = (cfg.sample_size, cfg.sample_size) if isinstance(cfg.sample_size, int) else tuple(cfg.sample_size)
     wanted = {
@@ -110,6 +112,16 @@ def _check_shape(model: SkipBackbone, vae: AutoencoderKL, dataset: Dataset, conf
             raise UserError(f"model.arguments.{name} is {expected}, but the latents of {config.name} have {found}.")
 
 
+def _first_readable(dataset: Dataset) -> dict[str, Any]:
+    error = None
+    for index in range(len(dataset)):
+        try:
+            return read_item(dataset, Draw(index, 0))
+        except UnreadableError as found:
+            error = found
+    raise UserError(f"No item of the data can be read; the last one: {error}.")
+
+
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's view of the processes and devices that it was launched on.
 
@@ -119,9 +131,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.tracker and importlib.util.find_spec(config.tracker) is None:
         raise UserError(f"tracker={config.tracker} needs the package {config.tracker}: install it or use tracker=null.")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    passes = config.passes(PartialState(cpu=on_cpu).num_processes)
+    # Others wait while one process counts frames, writes a checkpoint or measures FVD.
+    processes = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT).num_processes
+    passes = config.passes(processes)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=passes,
             log_with=config.tracker,
@@ -129,3 +143,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"accelerate: {str(error).splitlines()[0]}") from error
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:  # which wants to know before it sees a batch
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size // processes // passes
+        plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
+    return accelerator

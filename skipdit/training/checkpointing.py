@@ -1,6 +1,7 @@
 """Checkpoints of a run: written whole, pruned, found again, compared with the config that resumes them."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -16,10 +17,12 @@ from .config import TrainConfig
 
 __all__ = [
     "changed_settings",
+    "check_same_inputs",
     "check_same_run",
     "checkpoint_folder",
     "find_checkpoint",
     "flat",
+    "hash_names",
     "list_checkpoints",
     "prune",
     "read_trainer_state",
@@ -32,12 +35,18 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{7,})")
 
 # With another value of these the resumed run would be another run; other settings may change on the way.
-FIXED = ("model", "objective", "data.name", "data.arguments", "vae", "batch_size", "seed")
+FIXED = ("model", "objective", "data.name", "data.arguments", "batch_size", "seed")
+# ... but for these: where the data lie may change, what they are may not (`check_same_inputs`).
+MAY_MOVE = [
+    f"data.arguments.{name}"
+    for name in ("root", "image_root", "split", "image_list", "index", "cache_dir", "max_bad_share")
+]
 # These neither change what is learnt nor need a word about it.
 FREE = (
     "resume output log_every save_every keep_last export_dtype tracker preview max_dropped_steps "
     "init.from_ init.weights data.num_workers data.encode_batch data.precompute_latents "
-    "compile gradient_checkpointing micro_batch_size keep_every diagnostics ema.on_cpu tf32"
+    "compile gradient_checkpointing micro_batch_size keep_every diagnostics fvd ema.on_cpu tf32 vae "
+    "data.arguments.root data.arguments.image_root data.arguments.index data.arguments.cache_dir"
 ).split()
 
 
@@ -79,8 +88,9 @@ def find_checkpoint(resume: str | None, output: Path) -> Path | None:
     if not (folder / STATE_FILE).is_file():
         example = checkpoint_folder(output, 500)
         raise UserError(f"resume={resume} is no complete checkpoint: give a folder such as {example}.")
-    newer = [step for step, other in list_checkpoints(output) if other.name > folder.name]
-    if newer and folder.resolve().parent == (output / "checkpoints").resolve():
+    start = read_trainer_state(folder)["step"]
+    newer = [step for step, _ in list_checkpoints(output) if step > start]
+    if newer:
         raise UserError(
             f"{output} holds newer checkpoints than {folder.name} (up to step {newer[-1]}): remove those, "
             "or choose another output."
@@ -134,7 +144,11 @@ def write_checkpoint(
 
 
 def remove_leftovers(output: Path) -> None:
-    """Delete what interrupted writes left."""
+    """Delete what interrupted writes left; a checkpoint that was to be replaced, and was not, gets its name back."""
+    for aside in (output / "checkpoints").glob(".step-*.replaced.partial"):
+        whole = aside.with_name(aside.name.removeprefix(".").removesuffix(".replaced.partial"))
+        if not whole.exists():
+            aside.rename(whole)
     for folder in (output / "checkpoints").glob(".step-*.partial"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -171,7 +185,7 @@ def check_same_run(saved: dict[str, Any], config: TrainConfig, folder: Path) -> 
     Raises:
         UserError: Names each setting that differs.
     """
-    changes = [change for change in _changes(saved, config) if _covered(change[0], FIXED)]
+    changes = [change for change in _changes(saved, config) if _fixed(change[0])]
     if changes:
         words = "; ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changes)
         raise UserError(f"{folder} belongs to another run ({words}): restore these settings or choose another output.")
@@ -182,8 +196,41 @@ def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     return [
         f"{key} was {old!r}, is {new!r}"
         for key, old, new in _changes(saved, config)
-        if not _covered(key, FIXED) and not _covered(key, FREE)
+        if not _fixed(key) and not _covered(key, FREE)
     ]
+
+
+def hash_names(dataset: Any) -> str | None:
+    """sha256 of the names of a data set's files, in order; None of one without files."""
+    if not getattr(dataset, "entries", None):
+        return None
+    root = getattr(dataset, "root", None)
+    names = (entry.path if root is None else entry.path.relative_to(root) for entry in dataset.entries)
+    return hashlib.sha256("\n".join(name.as_posix() for name in names).encode()).hexdigest()
+
+
+def check_same_inputs(saved: dict[str, Any], inputs: dict[str, str | None], folder: Path) -> None:
+    """Refuse to resume on other files, whose order would be another, or with another autoencoder.
+
+    Args:
+        saved: State of the checkpoint.
+        inputs: "files" and "vae", hashes of the run that resumes.
+
+    Raises:
+        UserError: They differ.
+    """
+    before = saved.get("inputs", inputs)
+    if before["vae"] != inputs["vae"]:
+        raise UserError(f"{folder} was trained with another autoencoder: set vae to that one, or start another output.")
+    if before["files"] != inputs["files"]:
+        raise UserError(
+            f"{folder} was trained on other files (added, removed, damaged or mended since): restore them, or "
+            "start another output with init.from=<the run's pipeline>."
+        )
+
+
+def _fixed(key: str) -> bool:
+    return _covered(key, FIXED) and not _covered(key, MAY_MOVE)
 
 
 def _covered(key: str, names: list[str] | tuple[str, ...]) -> bool:

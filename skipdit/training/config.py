@@ -74,7 +74,8 @@ class EMAConfig:
     """Moving average of the weights: what is sampled and exported."""
 
     decay: float = 0.9999
-    warmup_power: float = 2 / 3  # at step s the decay is at most 1 - s ** -warmup_power; 0.75 suits short runs
+    # At step s the decay is at most 1 - s ** -warmup_power; 0.75 suits short runs; null: the decay from the start on.
+    warmup_power: float | None = 2 / 3
     on_cpu: bool = False  # keep it in the host's memory
 
 
@@ -192,6 +193,8 @@ class TrainConfig:
             raise UserError(f"optimizer.betas must be two numbers in [0, 1), not {self.optimizer.betas}.")
         if not 0 <= self.ema.decay < 1:
             raise UserError(f"ema.decay must be in [0, 1), not {self.ema.decay}.")
+        if self.ema.warmup_power is not None and not self.ema.warmup_power > 0:
+            raise UserError(f"ema.warmup_power must be above 0 or null, not {self.ema.warmup_power}.")
         _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         _one_of("export_dtype", self.export_dtype, ("float32", "float16", "bfloat16"))
         _one_of("tracker", self.tracker, (None, "tensorboard", "wandb"))

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ..config import load_config
 from ..data import ClipDataset, ImageDataset
 from ..data.latents import FORMAT, INDEX, hash_weights, read_index, verify
 from ..errors import UserError
-from ..files import check_writable, only_call, remove_unfinished, written_whole
+from ..files import LONGEST_WAIT, check_writable, only_call, remove_unfinished, written_whole
 from .build import load_vae
 from .config import DataConfig
 from .data import build_data
@@ -76,7 +77,7 @@ def encode_data(config: EncodeConfig) -> Path:
         UserError: A setting that cannot work, a folder of other latents, a full disk, too many unreadable clips.
     """
     config.check()
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
     output = check_writable(Path(config.output))
     vae = load_vae(config.vae).to(accelerator.device)
     with only_call("encode", output) if accelerator.is_main_process else nullcontext():

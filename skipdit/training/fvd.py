@@ -52,7 +52,7 @@ class FvdMeter:
         raise UserError("fvd.every: FVD is of clips, and this run trains on pictures; set fvd.every=0.")
 
     def measure(self, pipeline: SkipLattePipeline) -> dict[str, float]:
-        """ "fvd" of the pipeline, and "fvd_floor", what a perfect generator would get from as many clips."""
+        """ "fvd" of the pipeline, and "fvd_floor", what as many clips of a perfect generator get at least."""
         with self.accelerator.main_process_first():  # which keeps the statistics for all
             how = Gathering([self.detector], batch_size=self.config.batch_size)
             real = gather_cached(self.real, how, "real clips", self.output / "statistics", lambda line: None)["i3d"]
@@ -79,6 +79,8 @@ class FvdMeter:
                 generator=sample_generators(self.config.seed, some),
                 output_type="pt",
             ).frames
+            if not torch.isfinite(frames).all():
+                raise UserError("the samples are not finite numbers")
             clips = (frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
             moments.update(self.detector.features(clips))
         return moments

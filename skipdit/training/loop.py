@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..config import load_config, save_config, setting_name
+from ..data.latents import hash_weights
 from ..errors import UserError
-from ..files import check_writable
+from ..files import check_writable, only_call
 from ..pipelines import SkipPipeline
 from . import checkpointing, diagnostics, samples
 from .batches import BatchLosses
@@ -66,6 +68,10 @@ class Trainer:
         self.accelerator = build_accelerator(config)
         self.is_main = self.accelerator.is_main_process
         self.output = check_writable(config.folder)
+        if self.is_main:
+            with only_call("train", self.output):  # or a write that goes on would look like one cut short
+                checkpointing.remove_leftovers(self.output)
+        self.accelerator.wait_for_everyone()
         checkpoint = checkpointing.find_checkpoint(config.resume, self.output)
         saved = checkpointing.read_trainer_state(checkpoint) if checkpoint else None
         if saved:
@@ -74,6 +80,9 @@ class Trainer:
         with self.accelerator.main_process_first():  # which indexes the files for all
             self.dataset, self.class_names = build_data(config.data, self.output)
         self.vae = load_vae(config.vae).to(self.accelerator.device)
+        self.inputs = {"files": checkpointing.hash_names(self.dataset), "vae": hash_weights(self.vae.state_dict())}
+        if saved:
+            checkpointing.check_same_inputs(saved, self.inputs, checkpoint)
         torch.manual_seed(config.seed)
         model = build_model(config.model)
         self.loaded = set(saved["loaded"]) if saved else load_initial(model, config.init)
@@ -82,12 +91,10 @@ class Trainer:
         self.fvd = FvdMeter(config.fvd, config.data, self.output, self.accelerator) if config.fvd.every else None
 
         self.step, self.dropped, self.dropped_in_a_row = 0, 0, 0
-        self.unreadable: set[int] = set()  # items that this process could not read
-        self.unreadable_everywhere = 0
+        self.unreadable: set[str] = set()  # files that any process could not read
+        self.saved = -1  # step of the last checkpoint that this run wrote
         self.stop, self.stopping = StopRequest(), False
         self._prepare(model)
-        if self.is_main:
-            checkpointing.remove_leftovers(self.output)
         if checkpoint:
             self._restore(checkpoint, saved)
         elif config.resume:
@@ -165,7 +172,8 @@ class Trainer:
         progress = Progress(
             self.output, self.step, cfg.max_steps, cfg.batch_size, self.is_main, self.say, self.accelerator.log
         )
-        with self.stop, _attention_backend(self.accelerator.device), progress:
+        lock = only_call("train", self.output) if self.is_main else contextlib.nullcontext()
+        with lock, self.stop, _attention_backend(self.accelerator.device), progress:
             while self.step < cfg.max_steps and not self.stopping:
                 progress.add(self._step(batches, order))
                 if self.step % cfg.log_every == 0 or self.step == cfg.max_steps:
@@ -236,9 +244,10 @@ class Trainer:
         cfg = self.config
         lr = set_learning_rates(self.optimizer, cfg, self.step, self.lr_multiplier(self.step))
         totals = torch.zeros(6, device=self.accelerator.device)
+        found: dict[str, str] = {}
         for accumulated in range(order.passes):
             batch = next(batches)
-            totals[5] += self._note_unreadable(batch["unreadable"])
+            found |= {path: reason for path, reason in batch["unreadable"].values() if path not in self.unreadable}
             with self.accelerator.accumulate(self.model):
                 losses = self.losses(batch, self.step, order.positions(accumulated))
                 self.accelerator.backward(losses.objective)
@@ -246,7 +255,7 @@ class Trainer:
             totals[:4] += torch.stack([*sums, losses.valid.sum()])
             self.bins.add(losses.timestep, losses.items["mse"], losses.valid)
         self.last_batch = losses
-        totals[4] = float(self.stop.requested)
+        totals[4], totals[5] = float(self.stop.requested), len(found)
         *sums, valid, stop, unreadable = self.accelerator.reduce(totals, "sum").tolist()
         loss, mse, vb = (total / max(valid, 1.0) for total in sums)
         clips = cfg.max_grad_norm and self.step >= cfg.clip_after_step
@@ -254,7 +263,8 @@ class Trainer:
         applied = self._update(math.isfinite(loss) and math.isfinite(norm) and valid > 0)
         self.step += 1
         self.stopping = stop > 0  # of any process, so that all stop after the same step
-        self._check_unreadable(int(unreadable))
+        if unreadable:  # of any process
+            self._note_unreadable(found)
         return {"loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": lr, "applied": float(applied)}
 
     def _update(self, finite: bool) -> bool:
@@ -276,20 +286,16 @@ class Trainer:
             )
         return False
 
-    def _note_unreadable(self, found: dict[int, tuple[int, str]]) -> int:
-        """Name each item that could not be read once; returns how many are new."""
-        new = {index: reason for index, reason in found.values() if index not in self.unreadable}
-        for index, reason in new.items():
-            _print(f"Step {self.step + 1}: {reason}; it is left out from now on.")
-            self.unreadable.add(index)
-        return len(new)
-
-    def _check_unreadable(self, new: int) -> None:
-        self.unreadable_everywhere += new
+    def _note_unreadable(self, found: dict[str, str]) -> None:
+        """Name each file that could not be read once, whichever processes met it; every process must call it."""
+        for path, reason in sorted(pair for part in gather_object([found]) for pair in part.items()):
+            if path not in self.unreadable:
+                self.say(f"Step {self.step}: {reason}; it is left out from now on.")
+                self.unreadable.add(path)
         most = getattr(self.dataset, "max_bad_share", 1.0) * len(self.dataset)
-        if new and self.unreadable_everywhere > most:
+        if len(self.unreadable) > most:
             raise UserError(
-                f"{self.unreadable_everywhere} of {len(self.dataset)} items cannot be read (named above), more than "
+                f"{len(self.unreadable)} files of {len(self.dataset)} items cannot be read (named above), more than "
                 "data.arguments.max_bad_share allows: repair them, or allow more, and start again with resume=latest."
             )
 
@@ -303,7 +309,7 @@ class Trainer:
             "mfu": rate / self.matrix_rate,
             "memory_gib": diagnostics.memory_gib(self.accelerator.device),
             "dropped_steps": self.dropped,
-            "unreadable_items": self.unreadable_everywhere,
+            "unreadable_files": len(self.unreadable),
         }
 
     def _diagnose(self) -> dict[str, float]:
@@ -332,12 +338,15 @@ class Trainer:
 
     def _save(self) -> Path:
         folder = checkpointing.checkpoint_folder(self.output, self.step)
+        if self.saved == self.step:
+            return folder
         state = {
             "step": self.step,
             "dropped_steps": self.dropped,
             "ema_updates": self.average.updates,
             "processes": self.accelerator.num_processes,
             "loaded": sorted(self.loaded),
+            "inputs": self.inputs,
             "config": dataclasses.asdict(self.config),
         }
 
@@ -348,6 +357,7 @@ class Trainer:
                 save_file(averages, partial / "ema.safetensors")
 
         checkpointing.write_checkpoint(folder, state, write, self.is_main, self.accelerator.wait_for_everyone)
+        self.saved = self.step
         if self.is_main:
             checkpointing.prune(self.output, self.config.keep_last, self.config.keep_every)
         return folder

@@ -72,9 +72,10 @@ class WeightAverage:
 
     def __init__(self, names: list[str], parameters: Iterable[nn.Parameter], config: EMAConfig):
         self.names, self.parameters, self.on_cpu = names, list(parameters), config.on_cpu
-        self.ema = EMAModel(
-            self._current(), decay=config.decay, use_ema_warmup=True, power=config.warmup_power, foreach=True
-        )
+        warmup: dict[str, Any] = {"min_decay": config.decay}
+        if config.warmup_power is not None:
+            warmup = {"use_ema_warmup": True, "power": config.warmup_power}
+        self.ema = EMAModel(self._current(), decay=config.decay, foreach=True, **warmup)
 
     def _current(self) -> list[torch.Tensor]:
         if not self.on_cpu:

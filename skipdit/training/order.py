@@ -83,7 +83,7 @@ def read_batches(dataset: Dataset, batches: Iterable[Sequence[Draw]], num_worker
     """Batches of items: dicts of tensors [B, ...] and "unreadable".
 
     An item that cannot be read (`UnreadableError`) is zero in every tensor and keeps its place, so that nothing else
-    moves; "unreadable" maps its row in the batch to (index, reason).
+    moves; "unreadable" maps its row in the batch to (path, reason) of the file, which joint images may share.
     """
     return DataLoader(
         _Reader(dataset),
@@ -97,7 +97,7 @@ def read_batches(dataset: Dataset, batches: Iterable[Sequence[Draw]], num_worker
 
 
 class _Reader(Dataset):
-    """Takes a `Draw`, gives an item or (draw, zeros, reason)."""
+    """Takes a `Draw`, gives an item or (zeros, path, reason)."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -106,11 +106,11 @@ class _Reader(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any] | tuple[Draw, dict[str, Any], str]:
+    def __getitem__(self, draw: Draw) -> dict[str, Any] | tuple[dict[str, Any], str, str]:
         try:
             return read_item(self.dataset, draw)
         except UnreadableError as error:
-            return draw, self._zero_item(), str(error)
+            return self._zero_item(), str(error.path), str(error)
 
     def _zero_item(self) -> dict[str, Any]:
         """An item of zeros, shaped as the first one that can be read."""
@@ -131,8 +131,7 @@ def _collate(items: list[Any]) -> dict[str, Any]:
     unreadable = {}
     for row, item in enumerate(items):
         if isinstance(item, tuple):
-            draw, items[row], reason = item
-            unreadable[row] = (draw.index, reason)
+            items[row], *unreadable[row] = item
     return {**default_collate(items), "unreadable": unreadable}
 
 

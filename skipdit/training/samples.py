@@ -111,10 +111,20 @@ def write_preview(pipeline, config: PreviewConfig, classes: list[int] | None, pa
 @contextmanager
 def _cached(model: SkipBackbone, cache: str) -> Iterator[None]:
     if cache != "off":
-        model.enable_cache(SkipCacheConfig.parse(cache))
-    yield
-    if cache != "off":
-        model.disable_cache()
+        model.enable_cache(_published(model, cache))
+    try:
+        yield
+    finally:
+        if cache != "off":
+            model.disable_cache()
+
+
+def _published(model: SkipBackbone, word: str) -> SkipCacheConfig:
+    """ "N2-900-50", or "N2" with the published window of the task; as many units stay as published."""
+    task = "class-to-video" if isinstance(model, SkipLatteTransformer3DModel) else "class-to-image"
+    preset = SkipCacheConfig.preset(task)
+    cache = SkipCacheConfig.parse(word, preset.shallow)
+    return cache if "-" in word else SkipCacheConfig.preset(task, cache.interval)
 
 
 def _grid(result, captions: list[str] | None) -> Pixels:
