@@ -107,7 +107,8 @@ class Collection:
         if plan.device.type == "cpu":
             del about["batch_size"]  # has no effect there
         about = json.loads(json.dumps(about))  # as it is read again, without tuples
-        return about | {"fingerprint": hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()}
+        known = {"frame_interval": plan.source.frame_interval}  # for an evaluation; the samples do not depend on it
+        return known | about | {"fingerprint": hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()}
 
     def check(self) -> None:
         """See that the folder is free or holds samples of these settings, and that there is room for the rest.

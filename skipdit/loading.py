@@ -66,6 +66,11 @@ class ModelSource:
         if image_size is not None and image_size % step:
             raise UserError(f"image_size={image_size} must be a multiple of {step} pixels.")
 
+    @property
+    def frame_interval(self) -> int | None:
+        """Every how many-th frame of its training videos the network saw, if the pipeline says it."""
+        return None if self.folder is None else _read_json(self.folder / "model_index.json").get("frame_interval")
+
     def shape(self, image_size: int | None, num_frames: int | None) -> tuple[int, ...]:
         """Of one sample, [T, H, W, 3] or [H, W, 3], of that size or of the model's own."""
         vae = self.folder / "vae" if self.folder is not None else Path(self.vae)

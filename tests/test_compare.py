@@ -98,6 +98,25 @@ def test_distances_to_real_clips_are_in_the_table(folders, tmp_path):
     assert "| FVD |" in to_markdown(report) and any("perfect generator" in note for note in report["notes"])
 
 
+def test_real_clips_of_another_interval_are_refused(tmp_path):
+    pipeline = tiny_pipeline(num_frames=10)
+    pipeline.register_to_config(frame_interval=3)
+    pipeline.save_pretrained(tmp_path / "long")
+    torch.save(torch.zeros(4, 10, 16, 16, 3, dtype=torch.uint8), tmp_path / "real.pt")
+    detector = write_detector(tmp_path / "detector.pt")
+    words = [f"model={tmp_path}/long", f"real.path={tmp_path}/real.pt", f"i3d={detector}", f"cache_dir={tmp_path}/c"]
+    with pytest.raises(UserError, match=r"frame interval 1 \(real\) and 3 \(generated\)"):
+        compare(load_config(CompareConfig, None, words))
+
+
+def test_samples_that_are_not_finite_stop_it(folders, tmp_path):
+    pipeline = tiny_pipeline()
+    torch.nn.init.constant_(pipeline.transformer.final_layer.linear.bias, float("nan"))
+    pipeline.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match="no cache are not finite"):
+        compare(settings(folders, tmp_path, f"model={tmp_path}/broken", "caches=[N2]"))
+
+
 def test_fewer_steps_take_as_long_as_each_cache():
     pipeline = tiny_pipeline()
     skip = Contender("no cache", "no cache", "skip", pipeline, 50)
@@ -136,6 +155,7 @@ def test_the_command_writes_all_forms(folders, tmp_path, capsys):
         (["twin={skip}"], "has long skips, which twin= must not have"),
         (["model={vanilla}"], "has no long skips, which model= needs"),
         (["caches=[X3]"], "X3.*not spelled"),
+        (["sampler=foo"], "foo"),
         (["twin={vanilla}", "peers=[fb:0.1]"], "No rival cache 'fb'.*fbcache"),
         (["twin={vanilla}", "peers=[pab]"], "not spelled <name>:<number>"),
         (["twin={vanilla}", "peers=[pab:1.5]"], "whole number from 2"),

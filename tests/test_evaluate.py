@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from painted import SIDE, numbers, painted, write_frames, write_video
+from PIL import Image
 from real_data import real
 from scripted_detector import write_detector
 from test_networks import weights
@@ -20,8 +21,8 @@ from skipdit.errors import UserError
 from skipdit.evaluation.arrays import read_clips
 from skipdit.evaluation.evaluate import EvaluateConfig, evaluate
 from skipdit.evaluation.gathering import pick_frames
-from skipdit.evaluation.identity import describe_difference, hash_entries
-from skipdit.evaluation.sides import ArraySide, FileSide, settings_of
+from skipdit.evaluation.identity import describe_difference
+from skipdit.evaluation.sides import ArraySide, FileSide, Frames, settings_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the stand-in network is TorchScript
 
@@ -103,10 +104,13 @@ def test_arrays_are_read_in_batches_with_stride_and_count(tmp_path, suffix):
     else:
         torch.save(torch.from_numpy(array), path)
     assert torch.equal(torch.cat(list(read_clips(path, 2))), torch.from_numpy(array))
-    a_side = ArraySide([path], count=3, num_frames=3, stride=2)
+    a_side = ArraySide([path], 3, Frames(3, stride=2), in_order=True)
     assert shown(a_side) == [[0, 2, 4], [3, 5, 7], [6, 8, 10]]
-    with pytest.raises(UserError, match="clips of 8 frames: too few for 5 frames, every 2th"):
-        ArraySide([path], num_frames=5, stride=2)
+    chosen = ArraySide([path], 3, Frames(4, stride=2), seed=1)
+    assert shown(chosen) == [[(3 * clip + frame) % 64 for frame in (0, 2, 4, 6)] for clip in chosen.chosen]
+    assert shown(ArraySide([path], 5, Frames(8))) == [list(range(3 * clip, 3 * clip + 8)) for clip in range(5)]
+    with pytest.raises(UserError, match="clips of 8 frames: too few for 5 at interval 2"):
+        ArraySide([path], None, Frames(5, stride=2))
 
 
 def test_arrays_that_do_not_fit_are_named(tmp_path):
@@ -128,19 +132,35 @@ def test_frames_of_a_clip_are_evenly_spaced():
     assert len(pick_frames(clips[:, :1], 4)) == 2  # pictures have one
 
 
-def test_the_hash_follows_content_names_and_lengths(clips):
+@pytest.mark.parametrize(("interval", "stride"), [(1, 1), (3, 1), (1, 8), (2, 4)])
+def test_frames_of_files_and_arrays_are_the_same(tmp_path, interval, stride):
+    """Whatever the interval and the protocol's stride; with a stride alone it is exact."""
+    write_frames(tmp_path / "clips" / "a", 48)
+    np.save(tmp_path / "a.npy", np.stack([painted(number) for number in range(48)])[None])
+    frames = Frames(6, interval, stride)
+    data = ClipDataset(tmp_path / "clips", 6 * stride, interval, SIDE, flip=False, classes="none")
+    of_files = shown(FileSide(data, None, frames, in_order=True))
+    assert of_files == shown(ArraySide([tmp_path / "a.npy"], None, frames))
+    if interval == 1:
+        assert of_files == [list(range(0, 6 * stride, stride))]
+    if stride == 1:  # as in training
+        assert of_files == [np.linspace(0, 6 * interval - 1, 6, dtype=int).tolist()]
+
+
+def test_the_hash_follows_names_and_every_frame_that_is_drawn(clips):
     def digest():
         data = ClipDataset(clips, 12, size=SIDE, flip=False, classes="none")
-        return hash_entries(clips, data.entries)
+        return FileSide(data, 3).identity["files"]
 
     before = digest()
     assert digest() == before
-    first = clips / "a" / "x_frames_0.png"
-    kept = first.read_bytes()
-    first.write_bytes((clips / "a" / "x_frames_1.png").read_bytes())
-    assert digest() != before
-    first.write_bytes(kept)
-    assert digest() == before
+    for name in ("x_frames_0.png", "x_frames_7.png"):
+        file = clips / "a" / name
+        kept = file.read_bytes()
+        file.write_bytes((clips / "a" / "x_frames_1.png").read_bytes())
+        assert digest() != before
+        file.write_bytes(kept)
+        assert digest() == before
     (clips / "b").rename(clips / "bb")
     assert digest() != before
 
@@ -186,7 +206,7 @@ def test_statistics_of_the_real_side_are_kept_until_something_changes(detector, 
     assert evaluate(settings(detector, tmp_path, *words))["metrics"] == first
     assert "statistics of an earlier run" in capsys.readouterr().out
     for change in ("seed=1", "clips=5", "num_frames=10", "size=40"):
-        evaluate(settings(detector, tmp_path, *words, change))
+        evaluate(settings(detector, tmp_path, *words, change, "force=true"))
         assert "earlier run" not in capsys.readouterr().out, change
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 5
 
@@ -258,6 +278,78 @@ def test_a_set_of_samples_is_found_and_must_be_complete(detector, tmp_path):
         evaluate(settings(detector, tmp_path, *common, f"generated.path={tmp_path}/set"))
 
 
+def test_the_interval_of_the_training_data_is_recorded_or_asked_for(detector, clips, tmp_path):
+    pipeline = tiny_pipeline(num_frames=10)
+    common = [f"real.path={clips}", "clips=2", "size=16", "real.max_bad_share=1"]
+    for interval in (None, 2):
+        pipeline.register_to_config(frame_interval=interval)
+        folder = tmp_path / f"pipeline{interval}"
+        pipeline.save_pretrained(folder)
+        words = [f"model={folder}", "total=2", "steps=1", f"output={tmp_path}/set{interval}"]
+        assert main(["sample", *words]) == 0
+    for path in (tmp_path / "pipeline2", tmp_path / "set2"):
+        sampling = ["generated.sampling={steps: 1}"] if path.name == "pipeline2" else []
+        words = [*common, f"generated.path={path}", *sampling]
+        with pytest.raises(UserError, match=r"frame interval 1 \(real\) and 2 \(generated\)"):
+            evaluate(settings(detector, tmp_path, *words))
+        evaluate(settings(detector, tmp_path, *words, "real.frame_interval=2"))
+    report = evaluate(settings(detector, tmp_path, *common, f"generated.path={tmp_path}/setNone"))
+    assert any("not recorded and taken as 1" in warning for warning in report["warnings"])
+    said = evaluate(settings(detector, tmp_path, *common, f"generated.path={tmp_path}/setNone", "generated.made_at=1"))
+    assert not any("not recorded" in warning for warning in said["warnings"])
+
+
+def test_generated_clips_of_several_sizes_or_resized_ones_are_refused(detector, clips, tmp_path):
+    words = [f"real.path={clips}", f"generated.path={clips}", "num_frames=12"]
+    with pytest.raises(UserError, match="generated clips of 48x48 resized to 32x32"):
+        evaluate(settings(detector, tmp_path, *words, "size=32"))
+    for frame in (clips / "b").iterdir():
+        Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(frame)
+    with pytest.raises(UserError, match="several sizes, .*48x48.*24x24|several sizes, .*24x24.*48x48"):
+        evaluate(settings(detector, tmp_path, *words))
+
+
+def test_a_share_is_kept_to_when_statistics_are_found_again(detector, tmp_path):
+    for name in "abcd":
+        write_video(tmp_path / "v" / f"{name}.mp4", 12)
+    words = [f"real.path={tmp_path}/v", "generated.path=digits", "num_frames=10", f"size={SIDE}", "clips=4"]
+    side(tmp_path / "v", 4, frames=10)
+    whole, stamp = (tmp_path / "v" / "b.mp4").read_bytes(), (tmp_path / "v" / "b.mp4").stat()
+    evaluate(settings(detector, tmp_path, *words))
+    (tmp_path / "v" / "b.mp4").write_bytes(bytes(len(whole)))
+    os.utime(tmp_path / "v" / "b.mp4", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    report = evaluate(settings(detector, tmp_path, *words, "real.max_bad_share=0.5"))
+    assert report["real"]["clips"] == 3
+    with pytest.raises(UserError, match="1 of 4 clips cannot be read"):
+        evaluate(settings(detector, tmp_path, *words))
+
+
+def test_pairs_however_each_side_is_cut(tmp_path):
+    clips = np.random.default_rng(0).integers(0, 200, (8, 5, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "one.npz", arr_0=clips)
+    (tmp_path / "shards").mkdir()
+    for number, part in enumerate(np.array_split(clips + 20, 3)):
+        np.savez(tmp_path / "shards" / f"{number}.npz", arr_0=part)
+    words = [f"real.path={tmp_path}/one.npz", f"generated.path={tmp_path}/shards", "metrics=[psnr]"]
+    found = evaluate(load_config(EvaluateConfig, None, words))["metrics"]
+    assert found["psnr"] == pytest.approx(20 * np.log10(255 / 20), abs=1e-3)
+
+
+def test_frames_and_pictures_through_inception(tmp_path):
+    """FID and KID of a set to itself, and of light pictures to dark ones."""
+    inception = weights("inception-v3.pt")
+    for name, low in (("dark", 0), ("light", 120)):
+        pictures = np.random.default_rng(0).integers(low, low + 100, (6, 32, 32, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=pictures)
+    found = {}
+    for name in ("dark", "light"):
+        words = [f"real.path={tmp_path}/dark.npz", f"generated.path={tmp_path}/{name}.npz", "metrics=[fid,kid]"]
+        words += [f"inception={inception}", f"cache_dir={tmp_path}/cache", "clips=6"]
+        found[name] = evaluate(load_config(EvaluateConfig, None, words))["metrics"]
+    assert found["dark"]["fid"] == pytest.approx(0, abs=1e-4) and found["light"]["fid"] > 1
+    assert found["light"]["kid"] > found["dark"]["kid"]
+
+
 def test_pairs(tmp_path):
     clips = np.random.default_rng(0).integers(0, 200, (3, 5, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "one.npz", arr_0=clips)
@@ -302,6 +394,9 @@ def test_the_command_writes_a_table_and_figures(detector, clips, tmp_path, capsy
         (["real.path=a", "generated.path=b", "clips=1"], "clips=1 must be 2 or more"),
         (["real.path=a", "generated.path=nowhere", "metrics=[psnr]"], "nowhere is not there"),
         (["real.path=a", "generated.path=b", "i3d=missing.pt"], "missing.pt"),
+        (["real.path=a", "generated.path=b", "dtype=fp64"], "dtype=fp64 must be fp32 or bf16"),
+        (["real.path=a", "generated.path=b", "protocol=fvd2048_16f", "clips=4"], "leave these out"),
+        (["real.path=a", "generated.path=b", "real.frame_interval=0"], "frame_interval=0 must be 1 or more"),
     ],
 )
 def test_mistakes_get_a_sentence(words, says, capsys, tmp_path):

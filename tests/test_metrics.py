@@ -56,12 +56,23 @@ def test_a_covariance_needs_two_vectors():
         _ = Moments.of(torch.randn(1, 3)).covariance
 
 
-def test_kept_features_are_bounded_and_the_moments_are_not():
-    gathered = FeatureStatistics.empty(2, keep=5)
-    values = torch.randn(12, 2)
-    for part in values.split(4):
+@pytest.mark.parametrize("batch", [1, 4, 12])
+def test_kept_features_are_a_bounded_random_choice_and_the_moments_are_of_all(batch):
+    gathered = FeatureStatistics.empty(1, keep=5)
+    for part in torch.arange(12.0)[:, None].split(batch):
         gathered.update(part)
-    assert torch.equal(gathered.features, values[:5]) and gathered.moments.count == 12
+    kept = gathered.features[:, 0].tolist()
+    assert gathered.moments.count == 12 and len(set(kept)) == 5
+    if batch == 1:
+        assert kept != [0, 1, 2, 3, 4]
+    assert gathered.moments.mean.item() == 5.5
+
+
+def test_late_samples_are_as_likely_to_be_kept_as_early_ones():
+    gathered = FeatureStatistics.empty(1, keep=500)
+    gathered.update(torch.arange(2000.0)[:, None])
+    share = (gathered.features < 1000).double().mean().item()
+    assert abs(share - 0.5) < 4 * 0.5 / math.sqrt(500)
 
 
 def test_features_that_are_not_finite_are_named():

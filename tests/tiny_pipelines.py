@@ -21,6 +21,7 @@ def tiny_pipeline(
         transformer = SkipDiTTransformer2DModel(depth=12, **sizes)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    torch.manual_seed(1)  # the same whatever the network
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,

@@ -56,15 +56,16 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from .compare_measure import measure
+    from .compare_measure import count_flops, measure
 
+    _check_words(config)
     pipelines = {"skip": _load(config.model, config, with_skips=True)}
     if config.twin is not None:
         pipelines["vanilla"] = _load(config.twin, config, with_skips=False)
         _check_twins(pipelines)
     sample, decode = _sampling(config, pipelines)
-    detector, real = _real_side(config, pipelines["skip"])
     contenders, notes = _contenders(config, pipelines, sample)
+    detector, real = _real_side(config, pipelines["skip"], notes)
     batches = [
         list(range(first, min(first + config.batch_size, config.clips)))
         for first in range(0, config.clips, config.batch_size)
@@ -72,7 +73,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     flops, rates = _pilot(contenders, sample, batches[0])
     if config.equal_time:
         contenders = contenders + _fewer_steps(contenders, rates)
-        flops += [_flops(contender, sample) for contender in contenders[len(flops) :]]
+        flops += [count_flops(contender, sample) for contender in contenders[len(flops) :]]
     metrics = [*PAIRS, *(["lpips"] if config.lpips else [])]
     with tqdm(total=len(contenders) * len(batches), desc="Comparing", disable=None) as bar:
         found = measure(contenders, sample, decode, batches, detector, metrics, lambda *_: bar.update())
@@ -83,10 +84,30 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     return make_report(config, contenders, found, real, notes, pipelines)
 
 
+def _check_words(config: CompareConfig) -> None:
+    """Caches and peers, before anything is read."""
+    from ..cache import SkipCacheConfig
+    from .peers import parse_peer
+
+    try:
+        for word in config.caches:
+            SkipCacheConfig.parse(word)
+    except ValueError as error:
+        raise UserError(f"caches: {error}") from error
+    for word in config.peers:
+        parse_peer(word)
+
+
 def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline":
     from ..loading import choose_device, find_model
     from ..sampling_config import SampleConfig
+    from ..schedulers import make_scheduler
 
+    if config.sampler is not None:
+        try:
+            make_scheduler(config.sampler)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     source = find_model(SampleConfig(model=folder))
     if not source.is_video:
         raise UserError(f"{folder} makes pictures: the comparison is of clips.")
@@ -99,10 +120,18 @@ def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline
 
 
 def _check_twins(pipelines: dict[str, "SkipPipeline"]) -> None:
+    from ..data.latents import hash_weights
+
     one, other = (dict(pipeline.transformer.config) for pipeline in pipelines.values())
     for key in ("sample_size", "num_frames", "num_classes", "in_channels", "hidden_size", "depth", "patch_size"):
         if one[key] != other[key]:
             raise UserError(f"twin= is no twin of model=: {key} is {other[key]} there and {one[key]} here.")
+    samplers = [type(pipeline.scheduler).__name__ for pipeline in pipelines.values()]
+    hashes = [hash_weights(pipeline.vae.state_dict()) for pipeline in pipelines.values()]
+    if samplers[0] != samplers[1]:
+        raise UserError(f"twin= samples with {samplers[1]}, model= with {samplers[0]}: pass sampler= for both.")
+    if hashes[0] != hashes[1]:
+        raise UserError("twin= has another autoencoder than model=: their clips cannot be compared.")
 
 
 def _sampling(config: CompareConfig, pipelines: dict[str, "SkipPipeline"]) -> tuple[Any, Any]:
@@ -133,13 +162,17 @@ def _sampling(config: CompareConfig, pipelines: dict[str, "SkipPipeline"]) -> tu
     return sample, decode
 
 
-def _real_side(config: CompareConfig, pipeline: "SkipPipeline") -> tuple[Any, "FeatureStatistics | None"]:
-    """The detector and the statistics of the real clips, or None and None."""
+def _real_side(
+    config: CompareConfig, pipeline: "SkipPipeline", notes: list[str]
+) -> tuple[Any, "FeatureStatistics | None"]:
+    """The detector and the statistics of the real clips, or None and None; what speaks against them is noted."""
     if not config.real.path:
         return None, None
     from .gathering import Gathering, gather_cached
+    from .identity import describe_difference
     from .networks.detectors import load_detector
     from .opening import open_side
+    from .sides import settings_of
 
     cfg = pipeline.transformer.config
     detector = load_detector("i3d", config.i3d, pipeline.device)
@@ -152,7 +185,15 @@ def _real_side(config: CompareConfig, pipeline: "SkipPipeline") -> tuple[Any, "F
         seed=config.seed,
         cache_dir=config.cache_dir,
     )
+    check_writable(config.cache_dir)
     side = open_side(config.real, settings, num_frames=cfg.num_frames, size=size)
+    made_at = config.made_at or pipeline.config.get("frame_interval")
+    if made_at is None:
+        notes.append("The frame interval of the model's training is not recorded and taken as 1: say it with made_at=.")
+    if found := describe_difference(side.settings, settings_of(cfg.num_frames, made_at or 1, size)):
+        if not config.force:
+            raise UserError(f"Real and generated clips differ: {found}. Make them alike, or pass force=true.")
+        notes.append(f"Forced although real and generated clips differ: {found}.")
     how = Gathering([detector], batch_size=config.batch_size, max_bad_share=config.real.max_bad_share)
     return detector, gather_cached(side, how, "real clips", Path(config.cache_dir), print)["i3d"]
 
@@ -167,15 +208,10 @@ def _contenders(config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sam
     model = pipelines["skip"]
     contenders.append(Contender("no cache", "no cache", "skip", model, config.steps))
     for word in config.caches:
-        try:
-            cache = SkipCacheConfig.parse(word)
-        except ValueError as error:
-            raise UserError(f"caches: {error}") from error
+        cache = SkipCacheConfig.parse(word)
         contenders.append(Contender(f"Skip-Cache {cache}", "Skip-Cache", "skip", model, config.steps, cache))
     if "vanilla" not in pipelines:
         return contenders, notes
-    for word in config.peers:
-        parse_peer(word)
     twin = pipelines["vanilla"]
     contenders.append(Contender("vanilla, no cache", "no cache", "vanilla", twin, config.steps))
     for word in config.peers:
@@ -192,26 +228,16 @@ def _contenders(config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sam
     return contenders, notes
 
 
-def _flops(contender: "Contender", sample: Any) -> float:
-    from .compare_measure import count_flops
-
-    return count_flops(contender, sample)
-
-
 def _pilot(contenders: list["Contender"], sample: Any, batch: list[int]) -> tuple[list[float], list[float]]:
     """Operations of each contender, and its seconds for one batch after a first call that warms up."""
-    import time
+    from .compare_measure import attached, count_flops, timed
 
-    from .compare_measure import attached
-
-    flops = [_flops(contender, sample) for contender in contenders]
+    flops = [count_flops(contender, sample) for contender in contenders]
     seconds = []
     for contender in contenders:
         with attached(contender):
             sample(contender.pipeline, min(2, contender.steps), batch)
-            began = time.perf_counter()
-            sample(contender.pipeline, contender.steps, batch).cpu()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(timed(contender, sample, batch)[1])
     return flops, seconds
 
 

@@ -28,6 +28,8 @@ class CompareConfig:
     seed: int = setting(0, "of the noise, the same for all settings")
     batch_size: int = setting(8, "clips at once")
     lpips: bool = setting(False, "LPIPS too; needs torchvision with its AlexNet weights")
+    made_at: int | None = setting(None, "frame interval of the model's training data; null: recorded or 1")
+    force: bool = setting(False, "measure distances to real clips although their settings differ")
     i3d: str | None = setting(None, "weights of I3D; null: as downloaded")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("fp32", "fp32, bf16 or fp16")
@@ -40,5 +42,7 @@ class CompareConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
         if self.steps > 1000:
             raise ValueError(f"steps={self.steps} must be 1000 or less, the steps of training.")
+        if self.dtype not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"dtype={self.dtype} must be fp32, bf16 or fp16.")
         if not self.caches and not (self.peers and self.twin):
             raise ValueError("caches=[] leaves nothing to compare: give a cache, or a twin with peers.")

@@ -10,12 +10,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import UserError
 from ..pipelines import SkipPipeline
 from .fidelity import fidelity
 from .networks.detectors import Detector
 from .statistics import FeatureStatistics
 
-__all__ = ["Contender", "Measured", "attached", "count_flops", "measure"]
+__all__ = ["Contender", "Measured", "attached", "count_flops", "measure", "timed"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def measure(
         references: dict[str, torch.Tensor] = {}
         for contender, measured in zip(contenders, found, strict=True):
             with attached(contender):
-                latents, seconds = _timed(contender, sample, indices)
+                latents, seconds = timed(contender, sample, indices)
             on_done(contender.name, seconds)
             clips = decode(contender.pipeline, latents)
             values = clips.permute(0, 1, 4, 2, 3).float() / 255
@@ -139,13 +140,21 @@ def measure(
     return found
 
 
-def _timed(contender: Contender, sample: Sample, indices: Sequence[int]) -> tuple[torch.Tensor, float]:
+def timed(contender: Contender, sample: Sample, indices: Sequence[int]) -> tuple[torch.Tensor, float]:
+    """Latents and seconds of one call, with nothing left waiting on the device before or after.
+
+    Raises:
+        UserError: The latents are not finite numbers.
+    """
     device = contender.pipeline.device
     _finish(device)
     began = time.perf_counter()
     latents = sample(contender.pipeline, contender.steps, indices)
     _finish(device)
-    return latents, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if not torch.isfinite(latents).all():
+        raise UserError(f"The samples of {contender.name} are not finite: lower guidance_scale, or pass dtype=fp32.")
+    return latents, seconds
 
 
 def _finish(device: torch.device) -> None:

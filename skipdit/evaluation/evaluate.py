@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import describe, load_config, save_config
+from ..errors import UserError
 from ..files import check_writable, written_whole
 from .evaluate_config import OF_CLIPS, OF_FRAMES, PROTOCOLS, EvaluateConfig
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluateConfig", "add_arguments", "evaluate", "run", "set_metrics", "to_markdown"]
 
+LEAST = {"fvd": 2, "kvd": 2, "fid": 2, "kid": 2, "precision": 4, "recall": 4, "is": 2}
+"""Clips of a side that a metric needs."""
 NAMES = {
     "fvd": "FVD",
     "kvd": "KVD",
@@ -78,7 +81,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         stride = protocol.pop("stride")
         config = replace(config, **protocol)
     how = _gathering(config)
+    check_writable(config.cache_dir)
     real, generated, warnings = open_sides(config, stride)
+    _check_enough(config, real, generated)
     values: dict[str, float] = {}
     floors: dict[str, float] = {}
     if config.paired:
@@ -88,8 +93,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         parts = gather_cached(real, replace(how, max_bad_share=bad), "real clips", Path(config.cache_dir), print)
         bad = config.generated.max_bad_share
         made = gather(generated, replace(how, max_bad_share=bad), "generated clips")
+        _check_left(config, parts, made)
         values, floors = set_metrics(config.metrics, parts, made, config.seed)
         warnings += _doubts(parts, made, floors)
+    used = {"real": len(real), "generated": len(generated)}
+    if not config.paired:
+        per_clip = min(config.frames_per_clip, real.settings["num_frames"])
+        for title, found in (("real", parts), ("generated", made)):
+            name, part = next(iter(found.items()))
+            used[title] = part.moments.count // (1 if name == "i3d" else per_clip)
     for title, side in (("real", real), ("generated", generated)):
         if len(side) < config.clips:
             warnings.append(f"The {title} side has {len(side)} clips, not {config.clips}.")
@@ -103,9 +115,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "floor": floors,
         "warnings": warnings,
         "networks": {detector.name: detector.fingerprint for detector in how.detectors},
-        "real": _about(config.real, real),
-        "generated": _about(config.generated, generated),
+        "real": _about(config.real, real, used["real"]),
+        "generated": _about(config.generated, generated, used["generated"]),
     }
+
+
+def _check_enough(config: EvaluateConfig, real: "Side", generated: "Side") -> None:
+    """Raise UserError if a metric cannot be had of so few clips or frames."""
+    for name, side in (("real", real), ("generated", generated)):
+        least = max(LEAST.get(metric, 1) for metric in config.metrics)
+        if len(side) < least:
+            raise UserError(f"The {name} side has {len(side)} clips: {', '.join(config.metrics)} need {least} or more.")
+    if "temporal" in config.metrics and generated.settings["num_frames"] < 2:
+        raise UserError("temporal compares neighbouring frames: leave it out for pictures.")
+
+
+def _check_left(config: EvaluateConfig, *sides: dict[str, "FeatureStatistics"]) -> None:
+    """The same when unreadable clips have been left out."""
+    least = max(LEAST.get(metric, 1) for metric in config.metrics)
+    left = min(part.moments.count for side in sides for part in side.values())
+    if left < least:
+        raise UserError(f"Only {left} clips of a side can be read: {', '.join(config.metrics)} need at least {least}.")
 
 
 def _gathering(config: EvaluateConfig) -> "Gathering":
@@ -164,7 +194,7 @@ def _doubts(real: dict, generated: dict, floors: dict[str, float]) -> list[str]:
             if (count := side[network].moments.count) <= dim:
                 doubts.append(
                     f"{NAMES[name]}: {count} {title} samples are too few for the {dim} dimensions of its features (the "
-                    f"covariance is singular): even a perfect generator would get about {floors[name]:.1f} or more. "
+                    f"covariance is singular): even a perfect generator would get {floors[name]:.1f} or more. "
                     "Compare it only between sets of this size; the kernel distance has no such bias."
                 )
     return doubts
@@ -184,9 +214,9 @@ def _paired_metrics(config: EvaluateConfig, real: "Side", generated: "Side") -> 
     return {name: torch.cat(parts).double().mean().item() for name, parts in found.items()}
 
 
-def _about(side_config: Any, side: "Side") -> dict[str, Any]:
+def _about(side_config: Any, side: "Side", clips: int) -> dict[str, Any]:
     skipped = [list(item) for item in side.skipped]
-    return {**asdict(side_config), "clips": len(side), "settings": side.settings, "skipped": skipped}
+    return {**asdict(side_config), "clips": clips, "settings": side.settings, "skipped": skipped}
 
 
 def to_json(report: dict[str, Any]) -> str:
@@ -203,7 +233,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         if key.endswith("_std"):
             continue
         spread = f" ± {values[f'{key}_std']:.4g}" if values.get(f"{key}_std") else ""
-        note = f"a perfect generator would get about {floors[key]:.1f} from so few clips" if key in floors else ""
+        note = f"so many clips of a perfect generator get at least about {floors[key]:.1f}" if key in floors else ""
         lines.append(f"| {NAMES.get(key, key)} | {value:.4g}{spread} | {note} |")
     lines.append("")
     for title in ("real", "generated"):

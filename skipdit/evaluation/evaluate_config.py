@@ -33,6 +33,13 @@ class SideConfig:
     sampling: dict[str, Any] = setting({}, "of a pipeline: settings of skipdit sample, {steps: 50, cache: N2}")
     max_bad_share: float = setting(0.05, "of unreadable clips, 0..1; more are refused")
 
+    def __post_init__(self) -> None:
+        for key in ("frame_interval", "made_at"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ValueError(f"{key}={value} must be 1 or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={self.max_bad_share} must be in [0, 1].")
+
 
 @dataclass
 class EvaluateConfig:
@@ -63,6 +70,10 @@ class EvaluateConfig:
         for word in self.metrics:
             if word not in METRICS:
                 raise ValueError(f"No metric {word!r}: {nearest(word, list(METRICS))}")
+        if self.protocol is not None and (self.clips != 2048 or self.num_frames is not None):
+            raise ValueError(f"protocol={self.protocol} says how many clips and frames: leave these out.")
+        if self.dtype not in ("fp32", "bf16"):
+            raise ValueError(f"dtype={self.dtype} must be fp32 or bf16.")
         if not self.metrics:
             raise ValueError(f"metrics=[] asks for nothing: choose from {', '.join(METRICS)}.")
         for name, least in {"clips": 2, "frames_per_clip": 1, "seed": 0, "batch_size": 1, "num_workers": 0}.items():
@@ -72,16 +83,8 @@ class EvaluateConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
         for name in ("real", "generated"):
-            self._check_side(name, getattr(self, name))
-
-    def _check_side(self, name: str, side: SideConfig) -> None:
-        if not side.path:
-            raise ValueError(f"{name}.path is missing: pass {name}.path=<folder or file of clips>.")
-        for key in ("frame_interval", "made_at"):
-            if (value := getattr(side, key)) is not None and value < 1:
-                raise ValueError(f"{name}.{key}={value} must be 1 or more.")
-        if not 0 <= side.max_bad_share <= 1:
-            raise ValueError(f"{name}.max_bad_share={side.max_bad_share} must be in [0, 1].")
+            if not getattr(self, name).path:
+                raise ValueError(f"{name}.path is missing: pass {name}.path=<folder or file of clips>.")
 
     @property
     def paired(self) -> bool:

@@ -1,7 +1,9 @@
 """Features of a side: its clips pass the networks once, and what is gathered of a real side is kept on disk."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,29 +98,40 @@ def gather_cached(side: Side, how: Gathering, title: str, folder: Path, say: Cal
         "frames_per_clip": how.frames_per_clip,
         "kept": KEPT,
     }
+    about = json.loads(json.dumps(about))  # as it is read again
     path = Path(folder) / f"{fingerprint(about)[:32]}.safetensors"
     if path.is_file():
         parts, stored = load_statistics(path)
         if stored["about"] != about:
             raise UserError(f"{path} is of other clips than its name says: delete it and run again.")
-        side.skipped += [tuple(item) for item in stored["skipped"] if tuple(item) not in side.skipped]
+        bad = [tuple(item) for item in stored["skipped"]]
+        _check_skipped(bad, len(side), how.max_bad_share, title)
+        side.skipped += bad
         say(f"{title}: statistics of an earlier run ({path})")
         return parts
+    before = len(side.skipped)
     parts = gather(side, how, title)
-    save_statistics(path, parts, {"about": about, "skipped": [list(item) for item in side.skipped]})
+    save_statistics(path, parts, {"about": about, "skipped": [list(item) for item in side.skipped[before:]]})
     return parts
 
 
 def paired_batches(real: Side, generated: Side, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Clips of both sides side by side, uint8 [n, T, H, W, 3] each.
+    """Clips of both sides side by side, uint8 [n, T, H, W, 3] each, however either side is cut into batches.
 
     Raises:
         UserError: One side has more clips than the other, or one of them cannot be read.
     """
     if len(real) != len(generated):
         raise UserError(f"{len(real)} and {len(generated)} clips: metrics of pairs need as many on both sides.")
-    for pair in zip(real.batches(batch_size, 0), generated.batches(batch_size, 0), strict=True):
-        for side in (real, generated):
-            if side.skipped:
-                raise UserError(f"{side.skipped[-1][0]} cannot be read ({side.skipped[-1][1]}): its pair is missing.")
-        yield pair
+    pairs = zip(_single(real, batch_size), _single(generated, batch_size), strict=True)
+    while some := list(islice(pairs, batch_size)):
+        yield torch.stack([one for one, _ in some]), torch.stack([other for _, other in some])
+
+
+def _single(side: Side, batch_size: int) -> Iterator[torch.Tensor]:
+    if side.skipped:
+        raise UserError(f"{side.skipped[0][0]} cannot be used ({side.skipped[0][1]}): its pair is missing.")
+    for batch in side.batches(batch_size, 0):
+        yield from batch
+        if side.skipped:
+            raise UserError(f"{side.skipped[-1][0]} cannot be read ({side.skipped[-1][1]}): its pair is missing.")

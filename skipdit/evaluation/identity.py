@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.clips import Entry
+from ..data.decoding import frame_files
 
-__all__ = ["LOSSLESS", "codec_of", "describe_difference", "fingerprint", "hash_entries"]
+__all__ = ["LOSSLESS", "describe_difference", "fingerprint", "hash_entries", "stored_as"]
 
 EDGE = 1 << 16
 LOSSLESS = "lossless"
@@ -37,23 +38,31 @@ def fingerprint(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def codec_of(entries: Sequence[Entry]) -> str:
-    """What the frames are stored as: "lossless", or suffixes such as "avi+mp4"."""
+def stored_as(entries: Sequence[Entry]) -> str:
+    """ "lossless", or the suffixes of the files, such as "avi+mp4": what is known of the codec without decoding."""
     words = set()
     for entry in entries:
-        file = _frames(entry.path)[0] if entry.path.is_dir() else entry.path
-        suffix = file.suffix.lower()
+        file = frame_files(entry.path)[0] if entry.path.is_dir() else entry.path
+        suffix = file.suffix.lower().replace(".jpeg", ".jpg")
         words.add(LOSSLESS if suffix in LOSSLESS_SUFFIXES else suffix.lstrip("."))
     return "+".join(sorted(words))
 
 
-def hash_entries(root: Path, entries: Sequence[Entry]) -> str:
-    """sha256 of names, lengths, sizes and both ends (64 KiB) of all files; of a folder, its first and last frame."""
+def hash_entries(root: Path, drawn: Sequence[tuple[Entry, Sequence[int]]]) -> str:
+    """sha256 of clips in their order: name, frame numbers, size and both ends (64 KiB) of each file that is read.
+
+    Args:
+        root: Names are relative to it.
+        drawn: Files or folders of frames, and which of their frames.
+    """
     digest = hashlib.sha256()
-    for entry in sorted(entries, key=lambda entry: entry.path.as_posix()):
-        digest.update(f"{entry.path.relative_to(root).as_posix()}|{entry.frames}|{entry.class_label}\n".encode())
-        files = _frames(entry.path) if entry.path.is_dir() else [entry.path]
-        for file in dict.fromkeys((files[0], files[-1])):
+    for entry, indices in drawn:
+        digest.update(f"{entry.path.relative_to(root).as_posix()}|{list(indices)}\n".encode())
+        files = [entry.path]
+        if entry.path.is_dir():
+            frames = frame_files(entry.path)
+            files = [frames[index] for index in indices]
+        for file in files:
             size = file.stat().st_size
             digest.update(f"{file.name}|{size}\n".encode())
             with file.open("rb") as stream:
@@ -61,7 +70,3 @@ def hash_entries(root: Path, entries: Sequence[Entry]) -> str:
                 stream.seek(max(0, size - EDGE))
                 digest.update(stream.read(EDGE))
     return digest.hexdigest()
-
-
-def _frames(folder: Path) -> list[Path]:
-    return sorted(item for item in folder.iterdir() if item.is_file() and not item.name.startswith("."))

@@ -7,6 +7,7 @@ from .statistics import Moments
 
 __all__ = ["expected_floor", "frechet_distance", "inception_score", "kernel_distance", "precision_recall"]
 
+LEAST_IN_PART = 100
 NEIGHBOURS = 3
 """k of precision and recall, as in the paper."""
 
@@ -36,9 +37,10 @@ def _root(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def expected_floor(real: Moments, count: int, seed: int = 0) -> float:
-    """What `frechet_distance` gives for a perfect generator: the bias of finite sets.
+    """What `frechet_distance` gives even for a perfect generator, at least: the bias of finite sets.
 
-    Two sets of `real.count` and `count` vectors are drawn from the Gaussian of the real side.
+    Two sets of `real.count` and `count` vectors are drawn from the Gaussian of the real side. With fewer of them than a
+    few times the dimensions that Gaussian is itself too narrow, and the true floor higher (twice as high is common).
 
     Args:
         real: Of the real side.
@@ -92,18 +94,21 @@ def kernel_distance(
     return values.mean().item(), values.std(correction=0).item()
 
 
-def inception_score(probabilities: torch.Tensor, splits: int = 10) -> tuple[float, float]:
+def inception_score(probabilities: torch.Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """exp of the mean divergence of the class probabilities from their mean (Salimans et al. 2016).
 
     Args:
-        probabilities: [N, classes], rows that sum to 1, in random order.
-        splits: Parts it is computed on; fewer if there are fewer samples.
+        probabilities: [N, classes], rows that sum to 1.
+        splits: Parts it is computed on, random ones; fewer if these would hold fewer than `LEAST_IN_PART` samples.
+        seed: Of the parts.
 
     Returns:
         Mean and standard deviation over the parts; between 1 and the number of classes.
     """
     scores = []
-    for part in probabilities.double().chunk(min(splits, len(probabilities))):
+    order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(seed))
+    # A part of few samples cannot score more than their number.
+    for part in probabilities.double()[order].chunk(max(1, min(splits, len(probabilities) // LEAST_IN_PART))):
         marginal = part.mean(dim=0, keepdim=True)
         divergence = torch.xlogy(part, part) - torch.xlogy(part, marginal)
         scores.append(divergence.sum(dim=1).mean().exp())

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from ..files import written_whole
 __all__ = ["FeatureStatistics", "Moments", "load_statistics", "save_statistics"]
 
 KEPT = 10_000
-"""Features kept for metrics that compare samples; clips come in random order, so the first are a random choice."""
+"""Features kept for metrics that compare samples."""
 
 
 @dataclass
@@ -81,7 +82,7 @@ class FeatureStatistics:
 
     Attributes:
         moments: Of all features.
-        features: The first `KEPT` of them, float32 [n, D].
+        features: `KEPT` of them, a random choice whatever their order (Vitter's algorithm R), float32 [n, D].
         keep: How many are kept.
     """
 
@@ -104,9 +105,13 @@ class FeatureStatistics:
         if not finite.all():
             first = self.moments.count + int((~finite).nonzero()[0])
             raise UserError(f"The features of sample {first} are not finite numbers: look at it, or pass dtype=fp32.")
+        seen = self.moments.count
         self.moments.update(features)
-        if (room := self.keep - len(self.features)) > 0:
-            self.features = torch.cat([self.features, features[:room].float()])
+        room = max(0, self.keep - len(self.features))
+        self.features = torch.cat([self.features, features[:room].float()]) if room else self.features
+        for number, feature in enumerate(features[room:], seen + room):
+            if (place := int(np.random.default_rng(number).integers(number + 1))) < self.keep:
+                self.features[place] = feature
 
 
 def save_statistics(path: Path, parts: dict[str, FeatureStatistics], about: dict[str, Any]) -> None:
