@@ -1,5 +1,6 @@
 """What a sampling run will make, seen to be possible before any weights are read."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,10 +56,14 @@ class SamplePlan:
         return names[self.labels[index]] if names else str(self.labels[index])
 
     def load(self) -> SkipPipeline:
-        """Read the weights; the cache is enabled."""
+        """Read the weights; the cache is enabled, and with `fast` what suits the device is turned on and told."""
         pipeline = self.source.load(self.device, self.config.dtype, self.config.sampler)
         if self.cache is not None:
             pipeline.transformer.enable_cache(self.cache)
+        if self.config.fast:
+            chosen = pipeline.compile()
+            if os.environ.get("RANK", "0") == "0":
+                print(chosen, flush=True)
         return pipeline
 
 

@@ -35,6 +35,7 @@ class SampleConfig:
     cache_shallow: int | None = setting(None, "units kept at each end; null: as published (1 pair, 4 blocks)")
     dtype: str = setting("fp32", "fp32, bf16 or fp16")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    fast: bool = setting(False, "pipe.compile(): what is faster on the device; takes a minute to start")
     batch_size: int = setting(8, "samples at once; those of total on the CPU one by one")
     fps: float = setting(8.0, "frames per second of mp4 and gif")
     format: list[str] = setting([], "of mp4, gif, png, frames, npz; with total: shards, npz, frames, png (pictures)")

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 from tiny_pipelines import tiny_pipeline
@@ -18,6 +19,7 @@ from skipdit.acceleration.modulation import HeldModulation, Modulations
 from skipdit.acceleration.quality import psnr
 from skipdit.acceleration.turning_on import graphed
 from skipdit.acceleration.undoing import recast, turn_on_blocks
+from skipdit.cli import main
 from skipdit.kernels import float8_available
 
 CPU = torch.device("cpu")
@@ -427,3 +429,20 @@ def test_float8_passes_its_gate_or_is_refused():
     assert not torch.equal(samples(pipe), expected)
     pipe.uncompile()
     assert torch.equal(samples(pipe), expected)
+
+
+# ---------------------------------------------------------------------- the config key
+
+
+def test_fast_samples_are_the_same_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: None)  # nothing to compile with: seconds less
+    quiet().save_pretrained(tmp_path / "pipeline")
+    words = [f"model={tmp_path / 'pipeline'}", "steps=3", "classes=[one]", "format=[npz]", "cache=N2"]
+    pixels = {}
+    for name in ("plain", "fast"):
+        fast = ["fast=true"] if name == "fast" else []
+        assert main(["sample", *words, *fast, f"output={tmp_path / name}"]) == 0
+        (file,) = (tmp_path / name).glob("*.npz")
+        pixels[name] = np.load(file)["arr_0"].astype(int)
+        assert ("Faster on cpu by modulation, decoder" in capsys.readouterr().out) == (name == "fast")
+    assert pixels["plain"].std() > 0 and abs(pixels["plain"] - pixels["fast"]).max() <= 1

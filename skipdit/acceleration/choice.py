@@ -79,7 +79,7 @@ def _blocks(device: torch.device, dtype: torch.dtype) -> Judgement:
         return False, False, reason
     if device.type == "cpu" and dtype is torch.bfloat16:
         return True, False, "compiled blocks of bfloat16 are no faster than plain ones on CPUs"
-    return True, True, f"blocks, joins of skips and the final layer are compiled by {reason}"
+    return True, True, f"compiled with the joins of skips and the final layer, by {reason}"
 
 
 def _graphs(device: torch.device, dtype: torch.dtype) -> Judgement:
