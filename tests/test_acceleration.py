@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from tiny_pipelines import tiny_pipeline
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -226,6 +227,31 @@ def test_what_a_pipeline_does_not_call_is_not_recorded():
             model(*inputs)
             model(*inputs, return_dict=False, num_images=1)
         assert not forward._recorded and model.blocks[0].attn.qkv.weight.grad is not None
+
+
+def test_shapes_that_cannot_be_recorded_take_the_plain_path(caplog):
+    def fail(call):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    pipe = cached(quiet(), True)
+    expected = samples(pipe)
+    with graphed(pipe.transformer, None, record=fail):
+        assert torch.equal(samples(pipe), expected)
+    assert len(caplog.records) == 2  # once for each path
+    assert "[4, 4, 4, 8, 8] are not recorded as a CUDA graph: CUDA error: operation not permitted" in caplog.text
+
+
+def test_a_cache_within_the_network_is_not_recorded():
+    """It decides anew at every step which layers run."""
+    pipe = quiet(skip=None)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e3))
+    expected = samples(pipe)
+    with graphed(pipe.transformer, None, record=again) as forward:
+        assert torch.equal(samples(pipe), expected)
+        assert not forward._recorded
+        pipe.transformer.disable_cache()
+        assert not torch.equal(samples(pipe), expected)
+        assert len(forward._recorded) == 1
 
 
 def test_old_recordings_are_let_go():

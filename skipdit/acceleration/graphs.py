@@ -4,6 +4,7 @@ All that is special to CUDA is in `record_on_cuda`; it has not been run yet, for
 on CPUs with a recorder that calls again.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 __all__ = ["GraphedForward", "record_on_cuda"]
+
+log = logging.getLogger("skipdit.acceleration")
 
 MOST_GRAPHS = 8  # of different shapes; each holds the memory of a forward
 WARM_UPS = 3
@@ -34,11 +37,11 @@ def record_on_cuda(call: Callable[[], None]) -> Callable[[], None]:
 
 @dataclass
 class _Recorded:
-    """A path of the network at one shape: tensors that it reads and writes, and what runs it."""
+    """A path of the network at one shape: tensors that it reads and writes, and what runs it; None: not recordable."""
 
     inputs: dict[str, torch.Tensor]
     outputs: tuple[torch.Tensor, ...]
-    replay: Callable[[], None]
+    replay: Callable[[], None] | None
 
 
 class GraphedForward:
@@ -46,10 +49,12 @@ class GraphedForward:
 
     Inputs are copied to where the graph reads, outputs out of where it writes, so results are the caller's own. Calls
     that a pipeline does not make (with gradients, with joint images, for an output object) go to the forward itself.
+    So do shapes that cannot be recorded: other sizes than the model's own copy their positions from the host.
 
     Args:
         forward: The model's own.
         key: What a recording further depends on, for example where tensors lie that are no arguments.
+        suits: Whether the forward is the same at every call; a cache within the network would not be.
         record: Takes a call, runs it at least once, and returns what runs it again.
     """
 
@@ -57,9 +62,10 @@ class GraphedForward:
         self,
         forward: Callable[..., Any],
         key: Callable[[], Any] = lambda: None,
+        suits: Callable[[], bool] = lambda: True,
         record: Record = record_on_cuda,
     ):
-        self.forward, self.key, self.record = forward, key, record
+        self.forward, self.key, self.suits, self.record = forward, key, suits, record
         self._recorded: OrderedDict[tuple, _Recorded] = OrderedDict()
 
     def __call__(
@@ -71,19 +77,23 @@ class GraphedForward:
         **options: Any,
     ) -> Any:
         """The forward's arguments and results."""
-        if return_dict or torch.is_grad_enabled() or set(options) - {"shallow", "deep_features"}:
+        foreign = set(options) - {"shallow", "deep_features"}
+        if return_dict or foreign or torch.is_grad_enabled() or not self.suits():
             return self.forward(hidden_states, timestep, class_labels, return_dict, **options)
         shallow, features = options.get("shallow"), options.get("deep_features")
         given = {"hidden_states": hidden_states, "timestep": timestep}
         given |= {} if class_labels is None else {"class_labels": class_labels}
         given |= {} if features is None else {"deep_features": features}
         key = (shallow, self.key(), *((name, t.shape, t.dtype, t.device) for name, t in given.items()))
-        path = self._recorded.get(key) or self._make(key, given, shallow)
-        self._recorded.move_to_end(key)
-        for name, tensor in given.items():
-            path.inputs[name].copy_(tensor)
-        path.replay()
-        outputs = [output.clone() for output in path.outputs]
+        with torch.cuda.device_of(hidden_states):
+            path = self._recorded.get(key) or self._make(key, given, shallow)
+            self._recorded.move_to_end(key)
+            if path.replay is None:
+                return self.forward(hidden_states, timestep, class_labels, return_dict, **options)
+            for name, tensor in given.items():
+                path.inputs[name].copy_(tensor)
+            path.replay()
+            outputs = [output.clone() for output in path.outputs]
         if features is not None:  # handed through
             outputs[1] = features
         return tuple(outputs)
@@ -102,8 +112,14 @@ class GraphedForward:
                 for kept, output in zip(written[0], outputs, strict=True):
                     kept.copy_(output)
 
-        replay = self.record(call)
-        path = self._recorded[key] = _Recorded(inputs, written[0], replay)
+        try:
+            path = _Recorded(inputs, (), self.record(call))
+            path.outputs = written[0]
+        except RuntimeError as error:
+            shape = list(given["hidden_states"].shape)
+            log.warning("Steps of %s are not recorded as a CUDA graph: %s", shape, str(error).split("\n")[0])
+            path = _Recorded({}, (), None)
+        self._recorded[key] = path
         if len(self._recorded) > MOST_GRAPHS:
             self._recorded.popitem(last=False)
         return path

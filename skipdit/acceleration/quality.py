@@ -12,7 +12,7 @@ STEPS, SAMPLES = 20, 2
 
 @torch.no_grad()
 def trial_samples(pipeline: DiffusionPipeline) -> torch.Tensor:
-    """A few samples from fixed noise, in [0, 1]; latents where there is no autoencoder. Without a cache."""
+    """A few samples from fixed noise, in [0, 1]; latents where there is no autoencoder."""
     config = pipeline.transformer.config
     count = min(SAMPLES, config.num_classes or SAMPLES)
     who = {"num_samples": count} if config.num_classes is None else {"class_labels": list(range(count))}

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from diffusers import DiffusionPipeline
 
+from ..cache import SkipCacheConfig
 from ..models import SkipBackbone
 from .choice import CHOICES, Choice, choose, has_bf16
 from .graphs import GraphedForward
@@ -122,10 +123,11 @@ def _dtype(now: torch.dtype, wanted: torch.dtype | None, device: torch.device) -
 
 def _float8(pipeline: DiffusionPipeline, names: tuple[str, ...], least_psnr: float, stack: ExitStack) -> Choice:
     """Turn float8 on if its samples are close enough to those without."""
-    reference = trial_samples(pipeline)
-    stack.callback(turn_on_float8(pipeline.transformer, names))
-    peak = 1.0 if pipeline.vae is not None else float(reference.max() - reference.min())
-    found = psnr(trial_samples(pipeline), reference, peak)
+    with _without_cache(pipeline.transformer):
+        reference = trial_samples(pipeline)
+        stack.callback(turn_on_float8(pipeline.transformer, names))
+        samples = trial_samples(pipeline)
+    found = psnr(samples, reference, 1.0 if pipeline.vae is not None else float(reference.max() - reference.min()))
     layers = " and ".join(names)
     if not found >= least_psnr:
         raise ValueError(
@@ -140,9 +142,13 @@ def graphed(model: SkipBackbone, modulations: Modulations | None, **options) -> 
     """Within it, a model's forward runs by graphs. A cache hook goes around them: it decides on the host."""
     own = "forward" in vars(model)
     key = (lambda: modulations.key) if modulations is not None else (lambda: None)
+
+    def suits() -> bool:
+        return not model.is_cache_enabled or isinstance(model._cache_config, SkipCacheConfig)
+
     with _without_cache(model):
         before = model.forward
-        model.forward = forward = GraphedForward(before, key, **options)
+        model.forward = forward = GraphedForward(before, key, suits, **options)
     try:
         yield forward
     finally:
