@@ -186,6 +186,13 @@ def sampling(setting: Setting, device: torch.device, note: Record) -> None:
                 ),
                 seconds=expected_seconds(WAYS[way][1], device),
             )
+        note.attempt(
+            f"{clips} clip{'s' * (clips > 1)}, pipe.compile()",
+            lambda c=clips, z=noise, r=references: sampling_way(
+                setting, device, variant(base, torch.bfloat16), c, z, False, r, compiled=True
+            ),
+            seconds=expected_seconds("blocks", device),
+        )
 
 
 def sampling_way(
@@ -196,9 +203,13 @@ def sampling_way(
     noise: torch.Tensor,
     graphed: bool,
     references: dict[int, torch.Tensor],
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Interval (1 is no cache) -> steps, seconds, speed-up, bound, error; eager's latents go into `references`."""
-    runs = graph_runs(model, setting, clips, noise, device) if graphed else pipeline_runs(model, setting, clips, noise)
+    if graphed:
+        runs = graph_runs(model, setting, clips, noise, device)
+    else:
+        runs = pipeline_runs(model, setting, clips, noise, compiled)
     shape = (2 * clips, *noise.shape[1:])
     counts = [count_operations(model, shape, setting.shallow, reused).total for reused in (False, True)]
     result: dict[str, Any] = {}
@@ -232,10 +243,12 @@ def schedule_of(setting: Setting, cache: SkipCacheConfig | None) -> list[bool]:
 
 
 def pipeline_runs(
-    model: SkipBackbone, setting: Setting, clips: int, noise: torch.Tensor
+    model: SkipBackbone, setting: Setting, clips: int, noise: torch.Tensor, compiled: bool = False
 ) -> dict[int, tuple[list[bool], Callable[[], torch.Tensor]]]:
     pipeline = SkipLattePipeline(model, vae=None, scheduler=make_scheduler("ddim"))
     pipeline.set_progress_bar_config(disable=True)
+    if compiled:
+        print(pipeline.compile(), flush=True)
     inputs = {
         "class_labels": list(range(clips)),
         "num_inference_steps": setting.steps,
