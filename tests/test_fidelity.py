@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from skipdit.evaluation.fidelity import psnr, ssim
+from skipdit.errors import UserError
+from skipdit.evaluation.fidelity import fidelity, lpips, psnr, ssim, temporal_consistency
 
 
 def test_psnr_of_a_constant_error_is_its_decibels():
@@ -56,3 +57,30 @@ def test_pictures_are_clips_of_one_frame():
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match="must have one shape"):
         psnr(torch.rand(1, 3, 16, 16), torch.rand(2, 3, 16, 16))
+
+
+def test_temporal_consistency_is_one_for_a_still_and_that_of_neighbours_else():
+    still = torch.rand(1, 1, 3, 16, 16).expand(1, 4, 3, 16, 16)
+    assert temporal_consistency(still).item() == pytest.approx(1)
+    clips = torch.rand(1, 3, 3, 16, 16)
+    pairs = [ssim(clips[:, i], clips[:, i + 1]).item() for i in range(2)]
+    assert temporal_consistency(clips).item() == pytest.approx(sum(pairs) / 2, abs=1e-6)
+    with pytest.raises(ValueError, match="no two frames"):
+        temporal_consistency(clips[:, :1])
+
+
+def test_fidelity_gives_what_is_asked_for():
+    clips, others = torch.rand(2, 3, 3, 16, 16), torch.rand(2, 3, 3, 16, 16)
+    found = fidelity(clips, others, ["psnr", "temporal"])
+    assert set(found) == {"psnr", "temporal", "temporal_real"}
+    assert torch.equal(found["temporal_real"], temporal_consistency(others))
+
+
+def test_lpips_says_what_it_needs():
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="pip install torchvision"):
+            lpips(torch.rand(1, 2, 3, 64, 64), torch.rand(1, 2, 3, 64, 64))
+    else:
+        pytest.skip("torchvision is here; its weights may not be")

@@ -1,9 +1,13 @@
 """How close clips stay to others made from the same noise: PSNR, SSIM, LPIPS; and how steady they are in time."""
 
+from functools import lru_cache
+
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from ..errors import UserError
+
+FRAMES_AT_ONCE = 64
 
 __all__ = ["fidelity", "lpips", "psnr", "ssim", "temporal_consistency"]
 
@@ -80,16 +84,23 @@ def lpips(clips: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         ValueError: The shapes differ.
     """
     _check_pair(clips, references)
-    try:
-        from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
+    pairs = zip(*(x.reshape(-1, *x.shape[-3:]).float().split(FRAMES_AT_ONCE) for x in (clips, references)), strict=True)
+    with torch.no_grad():
+        values = torch.cat([_lpips_network()(one, other, normalize=True).flatten() for one, other in pairs])
+    return values.reshape(len(clips), -1).mean(dim=1)
 
-        pairs = [x.reshape(-1, *x.shape[-3:]).float() for x in (clips, references)]
-        values = [distance(a[None], b[None], net_type="alex", normalize=True) for a, b in zip(*pairs, strict=True)]
+
+@lru_cache(maxsize=1)
+def _lpips_network() -> torch.nn.Module:
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        return LearnedPerceptualImagePatchSimilarity("alex").net
     except (ImportError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"lpips needs torchvision and its AlexNet weights ({error}): pip install torchvision, or leave lpips out."
+            f"lpips needs torchvision and its AlexNet weights ({reason}): pip install torchvision, or leave lpips out."
         ) from error
-    return torch.stack(values).reshape(len(clips), -1).mean(dim=1)
 
 
 def fidelity(clips: torch.Tensor, references: torch.Tensor, metrics: list[str]) -> dict[str, torch.Tensor]:
