@@ -309,6 +309,25 @@ def test_generated_clips_of_several_sizes_or_resized_ones_are_refused(detector, 
         evaluate(settings(detector, tmp_path, *words))
 
 
+def test_the_protocol_of_128_frames_takes_every_eighth(detector, tmp_path):
+    """The same clips as frames of files and as an array: no distance, and far from clips read one after the other."""
+    for name in "ab":
+        write_frames(tmp_path / "clips" / name, 128)
+    whole = np.stack([[painted(number % 64) for number in range(128)]] * 2)
+    np.save(tmp_path / "every.npy", whole)
+    np.save(tmp_path / "first.npy", np.tile(whole[:, :16], (1, 8, 1, 1, 1)))
+    words = [f"i3d={detector}", f"cache_dir={tmp_path}/cache", "num_workers=0", "metrics=[fvd]"]
+    words += ["protocol=fvd2048_128f_subsample8f", f"real.path={tmp_path}/clips"]
+    found = {}
+    for name in ("every", "first"):
+        config = load_config(EvaluateConfig, None, [*words, f"generated.path={tmp_path}/{name}.npy"])
+        found[name] = evaluate(config)
+    assert found["every"]["metrics"]["fvd"] == pytest.approx(0, abs=1e-4) and found["first"]["metrics"]["fvd"] > 1
+    assert found["every"]["real"]["settings"]["frame_interval"] == 8
+    assert found["every"]["real"]["settings"]["num_frames"] == 16
+    assert any("2 clips, not 2048" in warning for warning in found["every"]["warnings"])
+
+
 def test_a_share_is_kept_to_when_statistics_are_found_again(detector, tmp_path):
     for name in "abcd":
         write_video(tmp_path / "v" / f"{name}.mp4", 12)

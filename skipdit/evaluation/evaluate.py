@@ -75,11 +75,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from .opening import open_sides
 
     config.check_choice()
-    stride = 1
-    if config.protocol is not None:
-        protocol = dict(PROTOCOLS[config.protocol])
+    stride, name = 1, config.protocol
+    if name is not None:
+        protocol = dict(PROTOCOLS[name])
         stride = protocol.pop("stride")
-        config = replace(config, **protocol)
+        config = replace(config, protocol=None, **protocol)
     how = _gathering(config)
     check_writable(config.cache_dir)
     real, generated, warnings = open_sides(config, stride)
@@ -100,8 +100,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if not config.paired:
         per_clip = min(config.frames_per_clip, real.settings["num_frames"])
         for title, found in (("real", parts), ("generated", made)):
-            name, part = next(iter(found.items()))
-            used[title] = part.moments.count // (1 if name == "i3d" else per_clip)
+            network, part = next(iter(found.items()))
+            used[title] = part.moments.count // (1 if network == "i3d" else per_clip)
     for title, side in (("real", real), ("generated", generated)):
         if len(side) < config.clips:
             warnings.append(f"The {title} side has {len(side)} clips, not {config.clips}.")
@@ -110,7 +110,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             warnings.append(f"{len(side.skipped)} clips of the {title} side cannot be read and are left out: {named}.")
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "protocol": config.protocol,
+        "protocol": name,
         "metrics": values,
         "floor": floors,
         "warnings": warnings,
