@@ -360,6 +360,9 @@ def test_a_cpu_gets_no_kernels_and_is_told_why():
     assert list(chosen) == list(CHOICES)
     for name in ("kernels", "graphs"):
         assert not chosen[name].on and chosen[name].reason == "cpu is not a CUDA device"
+    assert chosen["modulation"].on and chosen["decoder"].on
+    assert not {choice.name: choice.on for choice in choose(CPU, {}, torch.bfloat16)}["decoder"]
+    assert not any(choice.on for choice in choose(torch.device("mps"), {}))
 
 
 def test_one_log_line_where_nothing_helps(caplog):
@@ -398,7 +401,7 @@ def test_a_missing_compiler_is_told(monkeypatch):
 def test_another_dtype_and_order_are_undone_bit_for_bit():
     pipe = cached(quiet(), True)
     expected = samples(pipe, output_type="pt")
-    chosen = pipe.compile(dtype=torch.bfloat16, decoder=True)
+    chosen = pipe.compile(dtype=torch.bfloat16, decoder=True, blocks=False)
     assert chosen.parts == ("modulation", "decoder", "dtype")
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
     assert pipe.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)

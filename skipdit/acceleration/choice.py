@@ -77,8 +77,6 @@ def _blocks(device: torch.device, dtype: torch.dtype) -> Judgement:
     compiler, reason = compiler_for(device)
     if not compiler:
         return False, False, reason
-    if device.type == "cpu" and dtype is torch.bfloat16:
-        return True, False, "compiled blocks of bfloat16 are no faster than plain ones on CPUs"
     return True, True, f"compiled with the joins of skips and the final layer, by {reason}"
 
 
