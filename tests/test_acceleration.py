@@ -370,7 +370,7 @@ def test_one_log_line_where_nothing_helps(caplog):
     expected = samples(pipe)
     with caplog.at_level(logging.INFO, "skipdit.acceleration"):
         chosen = pipe.compile(**OFF)
-    assert chosen.parts == () and str(chosen).startswith("The plain path on cpu:")
+    assert chosen.parts == () and str(chosen).startswith("The plain path on cpu\n")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "the plain path is taken" in caplog.text and "\n" not in caplog.records[0].getMessage()
     assert torch.equal(samples(pipe), expected)
@@ -473,5 +473,5 @@ def test_fast_samples_are_the_same_pictures(tmp_path, monkeypatch, capsys):
         assert main(["sample", *words, *fast, f"output={tmp_path / name}"]) == 0
         (file,) = (tmp_path / name).glob("*.npz")
         pixels[name] = np.load(file)["arr_0"].astype(int)
-        assert ("Faster on cpu by modulation, decoder" in capsys.readouterr().out) == (name == "fast")
+        assert ("Turned on for cpu: modulation, decoder" in capsys.readouterr().out) == (name == "fast")
     assert pixels["plain"].std() > 0 and abs(pixels["plain"] - pixels["fast"]).max() <= 1

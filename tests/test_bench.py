@@ -370,7 +370,7 @@ def test_against_the_plain_path(models, tmp_path, monkeypatch):
     report = bench(models["latte"], tmp_path, "--against-plain")
     figures, plain, fast = report["against_plain"], report["modes"]["eager"], report["modes"]["fast"]
     table = (tmp_path / "bench.md").read_text()
-    assert "Faster on cpu by modulation, decoder" in fast["choices"] and fast["choices"] in table
+    assert "Turned on for cpu: modulation, decoder" in fast["choices"] and fast["choices"] in table
     for kind in ("full", "reused"):
         assert figures[kind] == pytest.approx(plain[kind]["median"] / fast[kind]["median"])
         assert cells(table, f"{kind} step")[3] == f"{figures[kind]:.2f}"

@@ -39,11 +39,9 @@ class Acceleration:
         return tuple(choice.name for choice in self.choices if choice.on)
 
     def __str__(self) -> str:
-        head = (
-            f"Faster on {self.device} by {', '.join(self.parts)}:"
-            if self.parts
-            else f"The plain path on {self.device}:"
-        )
+        head = f"Turned on for {self.device}: {', '.join(self.parts)}"
+        if not self.parts:
+            head = f"The plain path on {self.device}"
         return "\n".join([head, *(f"  {choice}" for choice in self.choices)])
 
     def steps(
@@ -134,7 +132,8 @@ def _float8(pipeline: DiffusionPipeline, names: tuple[str, ...], least_psnr: flo
             f"float8 of {layers} is refused: its samples are {found:.1f} dB (PSNR) from those without, and "
             f"{least_psnr:g} is asked for; take fewer layers, or a lower least_psnr."
         )
-    return Choice("float8", True, f"{layers} as asked; samples are {found:.1f} dB (PSNR) from those without")
+    slow = "" if pipeline._execution_device.type == "cuda" else "; slower than without on this device"
+    return Choice("float8", True, f"{layers} as asked; samples are {found:.1f} dB (PSNR) from those without{slow}")
 
 
 @contextmanager
