@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -25,7 +24,7 @@ from diffusers.video_processor import VideoProcessor
 
 # diffusers loads a saved component only from a module that is imported already, so that of the samplers is too.
 from . import schedulers  # noqa: F401
-from .acceleration import Acceleration, accelerate
+from .acceleration import CompileMixin
 from .models import SkipBackbone
 
 Labels = int | str | Sequence[int | str] | torch.Tensor
@@ -45,7 +44,7 @@ class SkipLattePipelineOutput(BaseOutput):
     frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
 
 
-class SkipPipeline(DiffusionPipeline):
+class SkipPipeline(CompileMixin, DiffusionPipeline):
     """Base of both pipelines: noise, the sampling loop with guidance and cache contexts, chunked decoding.
 
     Args:
@@ -74,43 +73,6 @@ class SkipPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         self._current_timestep: float | None = None
-        self._acceleration: Acceleration | None = None
-
-    # ------------------------------------------------------------------ speed
-
-    def compile(self, **choices: Any) -> Acceleration:
-        """Turn on what makes sampling faster on the pipeline's device; samples stay the same within rounding.
-
-        The pipeline is on its device and in its dtype already. The first call afterwards takes longer, since it
-        compiles. docs/speed.md has the tolerance and what each part does.
-
-        Args:
-            kernels, blocks, graphs, modulation, decoder: None, as suits the device; False leaves a part out; True
-                insists on it.
-            dtype: Of transformer and autoencoder while compiled, for example torch.bfloat16; None: as they are.
-            float8: Linear layers of the blocks in float8: True (attention and MLP) or some of "attention", "mlp",
-                "skips".
-            least_psnr: Samples with float8 must be as close as that, in dB, to those without.
-
-        Returns:
-            What was chosen and why; `print` shows it.
-
-        Raises:
-            ValueError: A part that is insisted on cannot be had, or float8's samples are too far off.
-
-        Example:
-            >>> print(pipe.compile())
-            >>> pipe.compile(graphs=False, dtype=torch.bfloat16)
-        """
-        self.uncompile()
-        self._acceleration = accelerate(self, **choices)
-        return self._acceleration
-
-    def uncompile(self) -> None:
-        """Take back what `compile` did; samples are those of before, bit for bit."""
-        if self._acceleration is not None:
-            self._acceleration.undo()
-            self._acceleration = None
 
     @property
     def current_timestep(self) -> float | None:
@@ -236,8 +198,7 @@ class SkipPipeline(DiffusionPipeline):
         on_device = self.scheduler.timesteps.to(self._execution_device)
         latents = self._prepare_latents(self._latent_shape(batch, **size), generator, latents)
         step_inputs = self._step_inputs(generator)
-        rows = batch * (2 if guided else 1)
-        step_context = self._acceleration.steps(on_device, labels, rows) if self._acceleration else nullcontext
+        step_context = self._step_contexts(on_device, labels, batch * (2 if guided else 1))
         self.transformer._reset_stateful_cache()  # an earlier call may have been cut short
         try:
             for index, timestep in enumerate(self.progress_bar(timesteps)):

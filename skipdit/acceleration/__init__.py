@@ -3,7 +3,8 @@
 Nothing here changes what is computed beyond rounding, except for float8 and another dtype, which are asked for by name.
 """
 
-from .choice import CHOICES, Choice, compiler_for, has_bf16
-from .turning_on import Acceleration, accelerate
+from .choice import CHOICES, Choice, compiler_for
+from .mixin import CompileMixin
+from .turning_on import Acceleration
 
-__all__ = ["CHOICES", "Acceleration", "Choice", "accelerate", "compiler_for", "has_bf16"]
+__all__ = ["CHOICES", "Acceleration", "Choice", "CompileMixin", "compiler_for"]
