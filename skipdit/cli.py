@@ -13,7 +13,7 @@ __all__ = ["main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "sample": (
-        "skipdit.sampling",
+        "skipdit.sampling.command",
         "sample clips or pictures from a model, with or without Skip-Cache",
     ),
     "demo": ("skipdit.demo", "sample the carried digits pipeline at several speeds and compare"),

@@ -150,7 +150,7 @@ def _pipeline_parts(
             f"No autoencoder in {folder}: fetch it with 'python pretrained/download_ckpts.py skip-dit/vae', "
             "pass its folder with --vae, or add --transformer-only."
         )
-    from .loading import PIPELINES, load_vae, read_class_names
+    from .sampling.loading import PIPELINES, load_vae, read_class_names
     from .schedulers import make_scheduler
 
     if scheduler is not None:

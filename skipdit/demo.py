@@ -78,8 +78,8 @@ def run_demo(
             raise UserError(f"{name} {value} must be {least} to {most}.")
     if not math.isfinite(guidance_scale):
         raise UserError(f"--guidance-scale {guidance_scale} must be finite; 1 is without guidance.")
-    from .loading import choose_device, find_model
-    from .sampling_config import SampleConfig
+    from .sampling.config import SampleConfig
+    from .sampling.loading import choose_device, find_model
 
     source = find_model(SampleConfig(model=str(_locate(model))))
     if not source.is_video or not source.num_classes or not source.model.config.skip:
@@ -114,7 +114,7 @@ def _compare(
 
     from .cache import SkipCacheConfig
     from .evaluation.comparison import compare_caches
-    from .streaming import sample_generators
+    from .sampling.streaming import sample_generators
 
     labels = list(range(min(MOST_CLASSES, pipeline.transformer.config.num_classes)))
     pipeline.set_progress_bar_config(disable=True)

@@ -34,7 +34,7 @@ SCRIPTS = sorted(
 
 # Settings that a command's key=value words belong to.
 SCHEMAS = {
-    "sample": "skipdit.sampling:SampleConfig",
+    "sample": "skipdit.sampling.command:SampleConfig",
     "train": "skipdit.training.config:TrainConfig",
     "train-vae": "skipdit.training.autoencoder:AutoencoderConfig",
     "encode": "skipdit.training.encoding:EncodeConfig",

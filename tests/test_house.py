@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LEVELS = (
     {"errors", "config", "files", "kernels", "__version__"},
     {"models", "cache", "diffusion", "schedulers", "data"},
-    {"pipelines", "acceleration", "checkpoints", "weights", "media", "gallery", "operations"},
+    {"pipelines", "acceleration", "checkpoints", "weights", "media", "operations"},
     {"training", "evaluation", "sampling", "registry", "convert"},
     {"demo", "cli"},
     {"skipdit", "__main__"},  # skipdit/__init__.py offers the public names
@@ -37,7 +37,6 @@ SIDEWAYS = {
     ("files", "errors"),
     ("models", "cache"),  # a network offers enable_cache
     ("diffusion", "schedulers"),  # both need the noise schedule
-    ("gallery", "media"),
     ("pipelines", "acceleration"),  # a pipeline offers compile
     ("weights", "checkpoints"),
     ("training", "evaluation"),  # FVD while it trains
@@ -46,12 +45,9 @@ SIDEWAYS = {
     ("convert", "sampling"),  # reads autoencoders and class names the same way
     ("sampling", "registry"),  # names the download command of a checkpoint that is not there
 }
-# One unit in several modules, so that the command line can show its help without importing torch.
-OF_SAMPLING = "collecting collection generation labels loading planning sample_report sampling_config streaming"
-PART_OF = dict.fromkeys(OF_SAMPLING.split(), "sampling")
 LEVEL_OF = {unit: number for number, units in enumerate(LEVELS) for unit in units}
 SCHEMAS = {
-    "sample.yaml": "skipdit.sampling:SampleConfig",
+    "sample.yaml": "skipdit.sampling.command:SampleConfig",
     "train.yaml": "skipdit.training.config:TrainConfig",
     "encode.yaml": "skipdit.training.encoding:EncodeConfig",
     "vae.yaml": "skipdit.training.autoencoder:AutoencoderConfig",
@@ -97,11 +93,9 @@ def unit_edges() -> dict[tuple[str, str], set[str]]:
         relative = path.relative_to(PACKAGE)
         unit = "skipdit" if relative.name == "__init__.py" and len(relative.parts) == 1 else relative.parts[0]
         unit = unit.removesuffix(".py")
-        unit = PART_OF.get(unit, unit)
         for name in imports_of(path):
             first, *rest = name.split(".")
             target = exports.get(rest[0], rest[0]) if rest else "skipdit"
-            target = PART_OF.get(target, target)
             if first == "skipdit" and target != unit:
                 edges.setdefault((unit, target), set()).add(str(relative))
     return edges
@@ -110,7 +104,7 @@ def unit_edges() -> dict[tuple[str, str], set[str]]:
 def test_every_unit_has_a_level():
     names = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     names |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    unplaced = names - set(LEVEL_OF) - set(PART_OF)
+    unplaced = names - set(LEVEL_OF)
     assert not unplaced, f"say in LEVELS where {sorted(unplaced)} belong"
 
 

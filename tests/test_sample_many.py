@@ -20,19 +20,20 @@ import torch
 from PIL import Image
 from tiny_pipelines import NAMES, tiny_pipeline
 
-from skipdit import SkipLattePipeline, streaming
-from skipdit.collecting import split_evenly
-from skipdit.collection import Collection
+from skipdit import SkipLattePipeline
 from skipdit.data import ClipDataset, ImageDataset
 from skipdit.errors import UserError
 from skipdit.files import only_call
-from skipdit.generation import generate, iterate_samples
-from skipdit.labels import apportion, count_labels, draw_labels, plan_labels, spread
-from skipdit.loading import find_model, read_class_names
 from skipdit.media import join_npz, npz_array, npz_shape
-from skipdit.planning import plan_samples
-from skipdit.sampling import SampleConfig
-from skipdit.streaming import plan_batches, sample_indices
+from skipdit.sampling import streaming
+from skipdit.sampling.collecting import split_evenly
+from skipdit.sampling.collection import Collection
+from skipdit.sampling.command import SampleConfig
+from skipdit.sampling.generate import generate, iterate_samples
+from skipdit.sampling.labels import apportion, count_labels, draw_labels, plan_labels, spread
+from skipdit.sampling.loading import find_model, read_class_names
+from skipdit.sampling.planning import plan_samples
+from skipdit.sampling.streaming import plan_batches, sample_indices
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 11

@@ -14,12 +14,12 @@ from skipdit import SkipCacheConfig, make_scheduler
 from skipdit.cli import main
 from skipdit.config import load_config
 from skipdit.errors import UserError
-from skipdit.generation import generate
-from skipdit.loading import choose_device, find_model, read_class_names, resolve_classes
 from skipdit.models.presets import PRESETS
-from skipdit.planning import parse_cache
-from skipdit.sampling import SampleConfig
-from skipdit.streaming import sample_generators
+from skipdit.sampling.command import SampleConfig
+from skipdit.sampling.generate import generate
+from skipdit.sampling.loading import choose_device, find_model, read_class_names, resolve_classes
+from skipdit.sampling.planning import parse_cache
+from skipdit.sampling.streaming import sample_generators
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("ucf101", "taichi", "sky", "ffs", "imagenet")

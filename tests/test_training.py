@@ -31,7 +31,7 @@ from skipdit.evaluation.statistics import Moments
 from skipdit.files import only_call
 from skipdit.operations import count_operations
 from skipdit.pipelines import SkipLattePipeline
-from skipdit.streaming import sample_generators
+from skipdit.sampling.streaming import sample_generators
 from skipdit.training import checkpointing
 from skipdit.training.config import TrainConfig
 from skipdit.training.data import DATA_SETS

@@ -99,8 +99,8 @@ def _check_words(config: CompareConfig) -> None:
 
 
 def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline":
-    from ..loading import choose_device, find_model
-    from ..sampling_config import SampleConfig
+    from ..sampling.config import SampleConfig
+    from ..sampling.loading import choose_device, find_model
     from ..schedulers import make_scheduler
 
     if config.sampler is not None:
@@ -138,7 +138,7 @@ def _sampling(config: CompareConfig, pipelines: dict[str, "SkipPipeline"]) -> tu
     """The two functions that `measure` needs."""
     import torch
 
-    from ..streaming import sample_generators
+    from ..sampling.streaming import sample_generators
     from .sides import to_bytes
 
     num_classes = pipelines["skip"].transformer.config.num_classes

@@ -140,7 +140,7 @@ def _check_left(config: EvaluateConfig, *sides: dict[str, "FeatureStatistics"]) 
 
 def _gathering(config: EvaluateConfig) -> "Gathering":
     """Read the networks that the metrics need."""
-    from ..loading import choose_device
+    from ..sampling.loading import choose_device
     from ..weights import DTYPES
     from .gathering import Gathering
     from .networks.detectors import load_detector

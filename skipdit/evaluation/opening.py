@@ -14,7 +14,7 @@ from ..data import ClipDataset, ImageDataset
 from ..data.decoding import IMAGE_SUFFIXES, frame_files, open_source
 from ..data.files import find_clips, find_images
 from ..errors import UnreadableError, UserError
-from ..sampling_config import SampleConfig
+from ..sampling.config import SampleConfig
 from .arrays import ARRAY_SUFFIXES
 from .evaluate_config import EvaluateConfig, SideConfig
 from .identity import describe_difference
@@ -207,7 +207,7 @@ class PipelineSide:
     def __init__(
         self, folder: Path, side: SideConfig, config: EvaluateConfig, frames: Frames, size: tuple[int, int] | None
     ):
-        from ..planning import plan_samples
+        from ..sampling.planning import plan_samples
 
         words = {"total": config.clips, "seed": config.seed, "device": config.device, **side.sampling}
         values = [f"{key}={json.dumps(value)}" for key, value in words.items()]
@@ -229,7 +229,7 @@ class PipelineSide:
         return self.config.total
 
     def batches(self, batch_size: int, num_workers: int) -> Iterator[torch.Tensor]:
-        from ..streaming import iterate_samples
+        from ..sampling.streaming import iterate_samples
 
         for _, _, clips in iterate_samples(self.config):
             clips = clips[:, None] if clips.dim() == 4 else clips

@@ -15,7 +15,7 @@ from ..evaluation.networks.detectors import load_detector
 from ..evaluation.sides import DigitsSide, FileSide, Side
 from ..evaluation.statistics import Moments
 from ..pipelines import SkipLattePipeline
-from ..streaming import sample_generators
+from ..sampling.streaming import sample_generators
 from .config import DataConfig, FvdConfig
 from .data import build_data
 

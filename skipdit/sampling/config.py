@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .config import nearest, setting
+from ..config import nearest, setting
 
 __all__ = ["SampleConfig"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .config import describe, load_config
-from .errors import UserError
-from .sampling_config import SampleConfig
+from ..config import describe, load_config
+from ..errors import UserError
+from .config import SampleConfig
 
 __all__ = ["SampleConfig", "add_arguments", "run"]
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         from .planning import plan_samples  # imports torch, which takes seconds
 
         plan = plan_samples(config)
-    from .generation import carry_out
+    from .generate import carry_out
 
     report = carry_out(plan)
     if _is_first():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .pipelines import SkipPipeline
+from ..pipelines import SkipPipeline
 from .planning import SamplePlan
 
 __all__ = ["SampleReport", "report"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .media import (
+from ..media import (
     Pixels,
     make_grid,
     make_sheet,

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .data.latents import hash_file
-from .errors import UserError
-from .files import remove_unfinished, written_whole
-from .media import Pixels, join_npz, npz_array, npz_shape, write_frames, write_png
+from ..data.latents import hash_file
+from ..errors import UserError
+from ..files import remove_unfinished, written_whole
+from ..media import Pixels, join_npz, npz_array, npz_shape, write_frames, write_png
 from .planning import SamplePlan
 
 __all__ = ["MANIFEST", "Collection"]

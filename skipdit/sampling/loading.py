@@ -10,15 +10,15 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.utils import logging
 
-from .checkpoints import load_state_dict
-from .config import nearest
-from .errors import UserError
-from .models import SkipBackbone, SkipDiTTransformer2DModel, SkipLatteTransformer3DModel
-from .models.presets import PRESETS
-from .pipelines import SkipDiTPipeline, SkipLattePipeline, SkipPipeline
-from .sampling_config import SampleConfig
-from .schedulers import TRAINING_SCHEDULE, make_scheduler
-from .weights import DTYPES, build
+from ..checkpoints import load_state_dict
+from ..config import nearest
+from ..errors import UserError
+from ..models import SkipBackbone, SkipDiTTransformer2DModel, SkipLatteTransformer3DModel
+from ..models.presets import PRESETS
+from ..pipelines import SkipDiTPipeline, SkipLattePipeline, SkipPipeline
+from ..schedulers import TRAINING_SCHEDULE, make_scheduler
+from ..weights import DTYPES, build
+from .config import SampleConfig
 
 __all__ = ["PIPELINES", "ModelSource", "choose_device", "find_model", "load_vae", "read_class_names", "resolve_classes"]
 
@@ -190,7 +190,7 @@ def _without_storage(model_class: type[SkipBackbone], settings: dict[str, Any], 
 
 def _describe_missing(missing: dict[str, Path]) -> str:
     """One sentence: what is missing and the command that fetches it, if the registry has it."""
-    from .registry.catalogue import load_catalogue  # only here: sampling itself needs no registry
+    from ..registry.catalogue import load_catalogue  # only here: sampling itself needs no registry
 
     known = {Path(entry.path): entry.id for entry in load_catalogue().entries}
     paths = " and ".join(map(str, missing.values()))

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache import SkipCacheConfig
-from .errors import UserError
+from ..cache import SkipCacheConfig
+from ..errors import UserError
+from ..pipelines import SkipPipeline
+from ..schedulers import make_scheduler
+from ..weights import DTYPES
+from .config import SampleConfig
 from .labels import plan_labels
 from .loading import ModelSource, choose_device, find_model, resolve_classes
-from .pipelines import SkipPipeline
-from .sampling_config import SampleConfig
-from .schedulers import make_scheduler
-from .weights import DTYPES
 
 __all__ = ["SamplePlan", "parse_cache", "plan_samples"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .data.files import find_clips, find_images
-from .errors import UserError
+from ..data.files import find_clips, find_images
+from ..errors import UserError
 from .loading import ModelSource, resolve_classes
 
 __all__ = ["apportion", "count_labels", "draw_labels", "plan_labels", "spread"]

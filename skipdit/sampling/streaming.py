@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .errors import UserError
-from .media import Pixels, to_uint8
-from .pipelines import SkipLattePipeline, SkipPipeline
+from ..errors import UserError
+from ..media import Pixels, to_uint8
+from ..pipelines import SkipLattePipeline, SkipPipeline
+from .config import SampleConfig
 from .planning import plan_samples
-from .sampling_config import SampleConfig
 
 __all__ = ["iterate_samples", "plan_batches", "sample_generators", "sample_indices"]
 

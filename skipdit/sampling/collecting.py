@@ -13,14 +13,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from ..config import save_config
+from ..errors import UserError
+from ..files import LONGEST_WAIT, check_writable, only_call
+from ..media import Pixels
+from ..pipelines import SkipPipeline
 from .collection import Collection
-from .config import save_config
-from .errors import UserError
-from .files import LONGEST_WAIT, check_writable, only_call
-from .media import Pixels
-from .pipelines import SkipPipeline
 from .planning import SamplePlan
-from .sample_report import SampleReport, report
+from .report import SampleReport, report
 from .streaming import sample_indices
 
 __all__ = ["collect", "device_of", "split_evenly"]

@@ -3,15 +3,15 @@
 import os
 import time
 
+from ..config import save_config
+from ..errors import UserError
+from ..files import check_writable
 from .collecting import collect
 from .collection import MANIFEST
-from .config import save_config
-from .errors import UserError
-from .files import check_writable
+from .config import SampleConfig
 from .gallery import open_gallery
 from .planning import SamplePlan, plan_samples
-from .sample_report import SampleReport, report
-from .sampling_config import SampleConfig
+from .report import SampleReport, report
 from .streaming import iterate_samples, sample_indices
 
 __all__ = ["carry_out", "generate", "iterate_samples", "sample_indices"]
