@@ -105,6 +105,8 @@ def measure(
 ) -> list[Measured]:
     """Every contender samples every batch, in turns, so that a slow minute of the machine hits all of them alike.
 
+    Batches go through the contenders there and back; with an even number of batches a steady drift cancels.
+
     Args:
         contenders: The first of each network has no cache and is what the others of that network are compared with.
         sample: Timed.
@@ -118,26 +120,38 @@ def measure(
     if detector is not None:
         for measured in found:
             measured.statistics = FeatureStatistics.empty(detector.dim)
-    for indices in batches:
-        references: dict[str, torch.Tensor] = {}
-        for contender, measured in zip(contenders, found, strict=True):
+    for number, indices in enumerate(batches):
+        values: dict[int, torch.Tensor] = {}
+        order = range(len(contenders))
+        # There and back, so that a load that rises or falls hits the first and the last alike.
+        for place in order if number % 2 == 0 else reversed(order):
+            contender, measured = contenders[place], found[place]
             with attached(contender):
                 latents, seconds = timed(contender, sample, indices)
             on_done(contender.name, seconds)
             clips = decode(contender.pipeline, latents)
-            values = clips.permute(0, 1, 4, 2, 3).float() / 255
+            values[place] = clips.permute(0, 1, 4, 2, 3).float() / 255
             measured.seconds += seconds
             measured.clips += len(clips)
-            if contender.network in references:
-                for name, value in fidelity(values, references[contender.network], list(metrics)).items():
-                    measured.pairs.setdefault(name, []).append(value)
-            else:
-                references[contender.network] = values
             if detector is not None:
                 measured.statistics.update(detector.features(clips))
             if measured.shown is None:
                 measured.shown = clips
+        _compare_pairs(contenders, found, values, list(metrics))
     return found
+
+
+def _compare_pairs(
+    contenders: Sequence[Contender], found: Sequence[Measured], values: dict[int, torch.Tensor], metrics: list[str]
+) -> None:
+    """Clips [n, T, 3, H, W] of each contender against those of the first of its network."""
+    references: dict[str, torch.Tensor] = {}
+    for place, contender in enumerate(contenders):
+        if contender.network not in references:
+            references[contender.network] = values[place]
+            continue
+        for name, value in fidelity(values[place], references[contender.network], metrics).items():
+            found[place].pairs.setdefault(name, []).append(value)
 
 
 def timed(contender: Contender, sample: Sample, indices: Sequence[int]) -> tuple[torch.Tensor, float]:
