@@ -1,47 +1,32 @@
-"""Labels in, pictures or clips out: class-conditional pipelines in the diffusers way."""
+"""What both pipelines share: checks, noise, the sampling loop with guidance and cache contexts, chunked decoding."""
 
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDPMScheduler,
     DiffusionPipeline,
-    ImagePipelineOutput,
     SchedulerMixin,
 )
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 
 # diffusers loads a saved component only from a module that is imported already, so that of the samplers is too.
-from . import schedulers  # noqa: F401
-from .acceleration import CompileMixin
-from .models import SkipBackbone
+from .. import schedulers  # noqa: F401
+from ..acceleration import CompileMixin
+from ..models import SkipBackbone
+from .guidance import guide
 
 Labels = int | str | Sequence[int | str] | torch.Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEARNED_VARIANCE = ("learned", "learned_range")
-
-
-@dataclass
-class SkipLattePipelineOutput(BaseOutput):
-    """Clips.
-
-    Attributes:
-        frames: "pil": a list of PIL images for each clip; "np": [B, F, H, W, 3] in [0, 1]; "pt": [B, F, 3, H, W] in
-            [0, 1]; "latent": [B, C, F, h, w], scaled as the transformer sees them.
-    """
-
-    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
 
 
 class SkipPipeline(CompileMixin, DiffusionPipeline):
@@ -260,12 +245,28 @@ class SkipPipeline(CompileMixin, DiffusionPipeline):
         known = inspect.signature(self.scheduler.step).parameters
         return {"generator": generator} if "generator" in known else {}
 
+    def decode(self, latents: torch.Tensor, output_type: str = "pil", decode_chunk_size: int = 16) -> Any:
+        """Pictures or clips of latents that a call with `output_type="latent"` gave.
+
+        Args:
+            latents: [B, C, (F,) h, w], scaled as the transformer sees them.
+            output_type: "pil", "np" or "pt"; "latent" hands them back.
+            decode_chunk_size: Pictures that the VAE decodes at once.
+
+        Returns:
+            What a call with that `output_type` returns.
+        """
+        return latents if output_type == "latent" else self._show(latents, output_type, decode_chunk_size)
+
+    def _show(self, latents: torch.Tensor, output_type: str, pictures_at_once: int) -> Any:
+        raise NotImplementedError
+
     @torch.no_grad()
-    def _decode(self, latents: torch.Tensor, frames_at_once: int) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, pictures_at_once: int) -> torch.Tensor:
         """Latents [N, C, h, w] -> pictures [N, 3, H, W] in [-1, 1] on the CPU, a few at a time."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         return torch.cat(
-            [self.vae.decode(chunk, return_dict=False)[0].float().cpu() for chunk in scaled.split(frames_at_once)]
+            [self.vae.decode(chunk, return_dict=False)[0].float().cpu() for chunk in scaled.split(pictures_at_once)]
         )
 
 
@@ -273,149 +274,3 @@ def _listed(labels: Labels) -> list:
     if isinstance(labels, torch.Tensor | np.ndarray):
         return labels.reshape(-1).tolist()
     return [labels] if isinstance(labels, int | str) else list(labels)
-
-
-def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022) on the first channels of a batch [cond, uncond].
-
-    The other channels (a learned variance; the published image model's fourth latent channel) keep the conditional
-    value.
-
-    Args:
-        prediction: [2B, 2C or C, ...].
-        channels: How many channels are guided.
-
-    Returns:
-        [B, 2C or C, ...].
-    """
-    cond, uncond = prediction.chunk(2)
-    guided = uncond[:, :channels] + guidance_scale * (cond[:, :channels] - uncond[:, :channels])
-    return torch.cat([guided, cond[:, channels:]], dim=1)
-
-
-class SkipLattePipeline(SkipPipeline):
-    """Class-to-video with `SkipLatteTransformer3DModel`.
-
-    Args:
-        transformer, vae, scheduler, class_names: As for every pipeline here.
-        frame_interval: Every how many-th frame of its training videos the network saw; stored with the pipeline, so
-            that an evaluation can tell whether real clips are like the generated ones. None: not known.
-
-    Example:
-        >>> pipe = SkipLattePipeline.from_pretrained("pretrained/digits")
-        >>> pipe.transformer.enable_cache(SkipCacheConfig.parse("N2-900-50"))
-        >>> frames = pipe(class_labels=["three", 7], generator=torch.manual_seed(0)).frames
-    """
-
-    def __init__(
-        self,
-        transformer: SkipBackbone,
-        vae: AutoencoderKL | AutoencoderTiny,
-        scheduler: SchedulerMixin,
-        class_names: Sequence[str] | dict[str, str] | None = None,
-        frame_interval: int | None = None,
-    ):
-        super().__init__(transformer, vae, scheduler, class_names)
-        self.register_to_config(frame_interval=frame_interval)
-
-    def _latent_shape(self, batch: int, num_frames: int | None, height: int | None, width: int | None) -> tuple:
-        cfg = self.transformer.config
-        return (batch, cfg.in_channels, num_frames or cfg.num_frames, *self._latent_sides(height, width))
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: Labels | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        num_samples: int | None = None,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_channels: int | None = None,
-        output_type: str = "pil",
-        decode_chunk_size: int = 16,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        return_dict: bool = True,
-    ) -> SkipLattePipelineOutput | tuple:
-        """Sample clips.
-
-        Args:
-            class_labels: An index or name for each clip; None for an unconditional model.
-            num_inference_steps: Sampler steps.
-            guidance_scale: 1 or less: no guidance. Without effect on an unconditional model.
-            generator: One, or one for each clip: then a clip does not depend on what else is in the batch.
-            latents: Start noise [B, C, F, h, w] instead of drawing it.
-            num_samples: Clips of an unconditional model.
-            num_frames, height, width: Size of the clips in frames and pixels; default: the model's own.
-            guidance_channels: Latent channels that guidance acts on; default: all, as published for video.
-            output_type: "pil", "np", "pt" or "latent".
-            decode_chunk_size: Frames that the VAE decodes at once.
-            callback_on_step_end: `f(pipeline, step_index, timestep, {"latents": ...})`, may return new latents.
-            callback_on_step_end_tensor_inputs: What the callback is given; there are the latents.
-            return_dict: False returns a tuple.
-
-        Raises:
-            ValueError: An input does not fit; nothing has been computed then.
-        """
-        size = {"num_frames": num_frames, "height": height, "width": width}
-        latents = self._sample(
-            class_labels, num_samples, num_inference_steps, guidance_scale, generator, latents, guidance_channels,
-            output_type, decode_chunk_size, callback_on_step_end, callback_on_step_end_tensor_inputs, size,
-        )  # fmt: skip
-        frames = latents
-        if output_type != "latent":
-            pictures = self._decode(latents.transpose(1, 2).flatten(0, 1), decode_chunk_size)
-            video = pictures.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
-            frames = self.video_processor.postprocess_video(video, output_type)
-        self.maybe_free_model_hooks()
-        return SkipLattePipelineOutput(frames=frames) if return_dict else (frames,)
-
-
-class SkipDiTPipeline(SkipPipeline):
-    """Class-to-image with `SkipDiTTransformer2DModel`."""
-
-    def _latent_shape(self, batch: int, height: int | None, width: int | None) -> tuple:
-        return (batch, self.transformer.config.in_channels, *self._latent_sides(height, width))
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: Labels | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 4.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        num_samples: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_channels: int | None = 3,
-        output_type: str = "pil",
-        decode_chunk_size: int = 16,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        """Sample pictures: as `SkipLattePipeline.__call__`, without frames.
-
-        Args:
-            guidance_channels: Latent channels that guidance acts on; the published image model guides the first 3 of
-                its 4. None: all.
-
-        Returns:
-            `.images`: "pil": a list; "np": [B, H, W, 3] in [0, 1]; "pt": [B, 3, H, W] in [0, 1]; "latent":
-            [B, C, h, w].
-        """
-        latents = self._sample(
-            class_labels, num_samples, num_inference_steps, guidance_scale, generator, latents, guidance_channels,
-            output_type, decode_chunk_size, callback_on_step_end, callback_on_step_end_tensor_inputs,
-            {"height": height, "width": width},
-        )  # fmt: skip
-        images = latents
-        if output_type != "latent":
-            images = self.video_processor.postprocess(self._decode(latents, decode_chunk_size), output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
