@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +18,7 @@ from ..files import LONGEST_WAIT, check_writable, only_call
 from ..media import Pixels
 from ..pipelines import SkipPipeline
 from .collection import Collection
+from .overlap import overlapped
 from .planning import SamplePlan
 from .report import SampleReport, report
 from .streaming import sample_indices
@@ -94,17 +94,42 @@ def split_evenly(items: Sequence[Item], part: int, parts: int) -> Sequence[Item]
 
 
 def _write(collection: Collection, pipeline: SkipPipeline, parts: Sequence[Sequence[int]], shows: bool) -> None:
-    """Sample the missing indices of some parts and write them, each part whole or not at all if it is a shard."""
+    """Sample the missing indices of some parts and write them, while the next ones are being sampled."""
     plan = collection.plan
     wanted = [index for part in parts for index in part]
-    samples = _one_by_one(pipeline, wanted, plan, shows)
-    for part in parts:
-        with ExitStack() as stack:
-            array = collection.open_shard(part, stack)
-            for place, (index, sample) in enumerate(islice(samples, len(part))):
-                if array is not None:
-                    array[place] = sample
-                collection.write_files(index, sample)
+    with ExitStack() as stack:
+        writer = _Writer(collection, parts, stack)
+        samples = sample_indices(pipeline, wanted, plan.label_of, plan.config, shows)
+        for _ in overlapped(writer.add, samples):
+            pass
+
+
+class _Writer:
+    """Takes samples in the order of their parts; a part that becomes a shard is written whole or not at all.
+
+    Args:
+        collection: Where to.
+        parts: Indices, part by part.
+        stack: Closes the shard that is open when something goes wrong.
+    """
+
+    def __init__(self, collection: Collection, parts: Sequence[Sequence[int]], stack: ExitStack):
+        self.collection, self.stack = collection, stack
+        self._places = ((part, place) for part in parts for place in range(len(part)))
+        self._shard: Pixels | None = None
+
+    def add(self, batch: tuple[list[int], torch.Tensor]) -> None:
+        """Write a batch as `sample_indices` yields it."""
+        for index, sample in zip(batch[0], batch[1].numpy(), strict=True):
+            part, place = next(self._places)
+            if place == 0:
+                self._shard = self.collection.open_shard(part, self.stack)
+            if self._shard is not None:
+                self._shard[place] = sample
+            self.collection.write_files(index, sample)
+            if place == len(part) - 1:
+                self._shard = None
+                self.stack.close()
 
 
 @contextmanager
@@ -116,10 +141,3 @@ def _failing_clearly(folder: Path) -> Iterator[None]:
             f"{folder} takes no more files ({error.strerror or error}): finished ones are kept; make room, then run "
             "the same command again."
         ) from error
-
-
-def _one_by_one(
-    pipeline: SkipPipeline, indices: Sequence[int], plan: SamplePlan, shows: bool
-) -> Iterator[tuple[int, Pixels]]:
-    for some, pixels in sample_indices(pipeline, indices, plan.label_of, plan.config, shows):
-        yield from zip(some, pixels.numpy(), strict=True)

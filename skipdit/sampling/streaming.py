@@ -1,22 +1,27 @@
 """Samples as a stream of batches, each sample a function of the seed and its index."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..media import Pixels, to_uint8
 from ..pipelines import SkipLattePipeline, SkipPipeline
 from .config import SampleConfig
+from .overlap import overlapped
 from .planning import plan_samples
 
 __all__ = ["iterate_samples", "plan_batches", "sample_generators", "sample_indices"]
 
 Labels = Callable[[int], int | None]
+OVERLAPS = ("cuda", "cpu")  # others have not been tried with two threads
 
 
 def iterate_samples(
@@ -59,6 +64,8 @@ def sample_indices(
     where batches gain little, it is alone, and so does not depend on the batch size either. Without `total` the batches
     are as they come, and a value may round to either side.
 
+    A batch is decoded while the steps of the next one are taken, on CUDA devices on a stream of its own.
+
     Args:
         pipeline: On its device, cache enabled or not.
         indices: In rising order, as neighbours share a batch.
@@ -73,13 +80,12 @@ def sample_indices(
     Raises:
         UserError: Too little memory on the device, or samples that are not finite.
     """
+    in_turn = overlapped if pipeline.device.type in OVERLAPS else map
     pipeline.set_progress_bar_config(disable=True)
     bar_format = "{desc} {percentage:3.0f}% |{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
     with tqdm(total=len(indices), desc="Sampling", bar_format=bar_format, disable=None if shows else True) as bar:
-        for some, batches, places in plan_batches(indices, config, computes_alone(pipeline, config)):
-            worth = len(some) / len(batches)
-            pixels = [_sample_batch(pipeline, batch, labels, config, bar, worth) for batch in batches]
-            yield some, torch.from_numpy(np.concatenate(pixels)[places])
+        drawn = _draw(pipeline, indices, labels, config, bar)
+        yield from in_turn(_Decoder(pipeline, config), drawn)
 
 
 def computes_alone(pipeline: SkipPipeline, config: SampleConfig) -> bool:
@@ -108,9 +114,38 @@ def plan_batches(
             yield some, [list(filled.values())], [index % size for index in some]
 
 
-def _sample_batch(
+@dataclass(frozen=True)
+class _Drawn:
+    """Samples before they are decoded.
+
+    Attributes:
+        indices: Those that are wanted.
+        latents: Of the batches that hold them.
+        places: Where they are in these batches together.
+        ready: What the device has to reach first, on CUDA.
+    """
+
+    indices: list[int]
+    latents: list[torch.Tensor]
+    places: list[int]
+    ready: torch.cuda.Event | None
+
+
+def _draw(
+    pipeline: SkipPipeline, indices: Sequence[int], labels: Labels, config: SampleConfig, bar: tqdm
+) -> Iterator[_Drawn]:
+    """Take the steps, batch after batch."""
+    device = pipeline.device
+    for some, batches, places in plan_batches(indices, config, computes_alone(pipeline, config)):
+        worth = len(some) / len(batches)
+        latents = [_sample_latents(pipeline, batch, labels, config, bar, worth) for batch in batches]
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        yield _Drawn(some, latents, places, ready)
+
+
+def _sample_latents(
     pipeline: SkipPipeline, batch: list[int], labels: Labels, config: SampleConfig, bar: tqdm, worth: float
-) -> Pixels:
+) -> torch.Tensor:
     """Samples that are computed at once; `worth` is how far they bring the bar."""
 
     def advance(_pipeline, _step, _timestep, tensors):
@@ -119,24 +154,48 @@ def _sample_batch(
 
     classes = [labels(index) for index in batch]
     unconditional = classes[0] is None
-    try:
-        output = pipeline(
+    with _enough_memory(pipeline, config):
+        return pipeline(
             class_labels=None if unconditional else classes,
             num_samples=len(batch) if unconditional else None,
             num_inference_steps=config.steps,
             generator=sample_generators(config.seed, batch),
-            output_type="np",
+            output_type="latent",
             callback_on_step_end=advance,
+            return_dict=False,
             **_wishes(pipeline, config),
-        )
+        )[0]
+
+
+class _Decoder:
+    """Drawn samples -> their indices and pixels, as `sample_indices` yields them."""
+
+    def __init__(self, pipeline: SkipPipeline, config: SampleConfig):
+        self.pipeline, self.config = pipeline, config
+        self.stream = torch.cuda.Stream(pipeline.device) if pipeline.device.type == "cuda" else None
+
+    def __call__(self, drawn: _Drawn) -> tuple[list[int], torch.Tensor]:
+        with _enough_memory(self.pipeline, self.config), torch.cuda.stream(self.stream):
+            if self.stream is not None:
+                self.stream.wait_event(drawn.ready)
+            pixels = [_to_pixels(self.pipeline.decode(latents, "np")) for latents in drawn.latents]
+        return drawn.indices, torch.from_numpy(np.concatenate(pixels)[drawn.places])
+
+
+def _to_pixels(values: NDArray[np.floating]) -> Pixels:
+    if not np.isfinite(values).all():
+        raise UserError("The samples are not finite numbers: lower guidance_scale, or pass dtype=fp32 or bf16.")
+    return to_uint8(values)
+
+
+@contextmanager
+def _enough_memory(pipeline: SkipPipeline, config: SampleConfig) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{pipeline.device} has too little memory: lower batch_size={config.batch_size} or pass dtype=bf16."
         ) from error
-    values = output.get("frames", output.get("images"))
-    if not np.isfinite(values).all():
-        raise UserError("The samples are not finite numbers: lower guidance_scale, or pass dtype=fp32 or bf16.")
-    return to_uint8(values)
 
 
 def _wishes(pipeline: SkipPipeline, config: SampleConfig) -> dict[str, Any]:
