@@ -28,6 +28,7 @@ SECTIONS = {
     "training": 85,
     "pieces": 60,
     "breakdown": 45,
+    "decoding": 60,
 }
 PARTS = "parts"  # folder of what the sections write, merged and removed at the end
 START = 15  # seconds that a process needs before it measures
@@ -44,13 +45,14 @@ def time_for(waiting: list[str], left: float) -> float:
 def run_section(args: argparse.Namespace) -> None:
     """In the child: measure one section."""
     import torch
-    from gpu import breakdown, models, pieces
+    from gpu import breakdown, decoding, models, pieces
     from gpu.common import PRESETS, Record
 
     found = {
         **{name: getattr(pieces, name) for name in ("rates", "correctness", "pieces")},
         **{name: getattr(models, name) for name in ("forward", "sampling", "training")},
         "breakdown": breakdown.breakdown,
+        "decoding": decoding.decoding,
     }
     device = torch.device(args.device)
     record = Record(Path(args.output) / PARTS / f"{args.section}.json", args.seconds, device)

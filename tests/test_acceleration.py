@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipdit import SkipCacheConfig, make_scheduler
 from skipdit.acceleration import CHOICES, compiler_for
-from skipdit.acceleration.choice import choose
+from skipdit.acceleration.choice import choose, compiles_decoder
 from skipdit.acceleration.graphs import MOST_GRAPHS, GraphedForward
 from skipdit.acceleration.modulation import HeldModulation, Modulations
 from skipdit.acceleration.quality import psnr
 from skipdit.acceleration.turning_on import graphed
-from skipdit.acceleration.undoing import recast, turn_on_blocks
+from skipdit.acceleration.undoing import recast, turn_on_blocks, turn_on_compiled
 from skipdit.cli import main
 from skipdit.kernels import float8_available
 
@@ -361,7 +361,7 @@ def test_a_cpu_gets_no_kernels_and_is_told_why():
     for name in ("kernels", "graphs"):
         assert not chosen[name].on and chosen[name].reason == "cpu is not a CUDA device"
     assert chosen["modulation"].on and chosen["decoder"].on
-    assert not {choice.name: choice.on for choice in choose(CPU, {}, torch.bfloat16)}["decoder"]
+    assert not compiles_decoder(CPU) and compiles_decoder(torch.device("cuda"))
     assert not any(choice.on for choice in choose(torch.device("mps"), {}))
 
 
@@ -415,6 +415,27 @@ def test_channels_last_decodes_the_same_pictures():
     expected = samples(pipe, output_type="pt")
     pipe.compile(**OFF | {"decoder": True})
     assert relative(samples(pipe, output_type="pt"), expected) < TOLERANCE
+
+
+def test_a_compiled_decoder_decodes_the_same_pictures_in_any_number_and_is_undone():
+    """As on CUDA devices, but traced only: a decoder takes a compiler a minute."""
+    vae, calls = quiet().vae, []
+    latents = torch.randn(5, vae.config.latent_channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = [vae.decode(some).sample for some in latents.split([3, 2])]
+
+    def trace(graph, inputs):
+        calls.append(len(inputs))
+        return graph.forward
+
+    undo = turn_on_compiled([vae.decoder], backend=trace)
+    with torch.no_grad():
+        found = [vae.decode(some).sample for some in latents.split([3, 2])]
+        assert 1 <= len(calls) <= 2  # for this number of pictures, then for any
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        undo()
+        assert vae.decoder._compiled_call_impl is None and torch.equal(vae.decode(latents[:3]).sample, expected[0])
+    assert len(calls) <= 2
 
 
 def test_recast_keeps_whole_numbers_and_other_shapes():

@@ -94,6 +94,26 @@ def test_the_report_judges_targets_and_names_what_is_missing(tmp_path):
     assert json.loads((tmp_path / "gpu.json").read_text())["sections"]["training"]["items"] == {}
 
 
+def test_targets_count_no_way_that_loses_quality():
+    """The fastest forward has a larger error than eager bfloat16, or is in float8: neither counts."""
+    worse = forward_item(5e-3, 0.5e-3) | {"error": 5e-3}
+    exact = forward_item(14e-3, 2.4e-3) | {"error": 4.1e-3}
+    forwards = {"B2 eager": forward_item(28e-3, 3e-3), "B2 worse": worse, "B2 kernels": exact}
+    samplings = {
+        "1 clip, plain": {"1": cached(1.6, 1.0, 1.0), "2": cached(1.0, 1.6, 1.61), "4": cached(0.7, 2.29, 2.3)},
+        "1 clip, kernels": {"1": cached(0.7, 1.0, 1.0), "2": cached(0.45, 1.53, 1.61), "4": cached(0.33, 2.1, 2.3)},
+        "1 clip, float8": {"1": cached(0.5, 1.0, 1.0), "2": cached(0.2, 1.6, 1.61), "4": cached(0.1, 2.3, 2.3)},
+    }
+    text = report.targets({"forward": {**forwards, "B2 float8": forward_item(4e-3, 1e-3)}, "sampling": samplings})
+    assert "| full forward, one clip with guidance | 13.5 ms | 14 ms | B2 kernels | NO |" in text
+    assert "| DDIM-50, N=2, without VAE | 430 ms | 450 ms | 1 clip, kernels | NO |" in text
+    assert "| speed-up by the cache, of the predicted | 95 % | 91.3 % | 1 clip, kernels | NO |" in text
+
+
+def cached(seconds: float, speedup: float, bound: float) -> dict:
+    return {"seconds": seconds, "speedup": speedup, "bound": bound}
+
+
 def test_every_section_gets_time_and_all_together_keep_to_the_budget():
     left, waiting, given = 525.0, list(measure_gpu.SECTIONS), {}
     while waiting:

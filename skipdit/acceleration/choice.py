@@ -11,7 +11,7 @@ import torch
 
 from ..kernels import available
 
-__all__ = ["CHOICES", "Choice", "choose", "compiler_for", "has_bf16"]
+__all__ = ["CHOICES", "Choice", "choose", "compiler_for", "compiles_decoder", "has_bf16"]
 
 CHOICES = ("kernels", "blocks", "graphs", "modulation", "decoder")
 """Parts that `pipe.compile` can be told to leave out (False) or to insist on (True)."""
@@ -35,13 +35,12 @@ class Choice:
         return f"{'+' if self.on else '-'} {self.name}: {self.reason}"
 
 
-def choose(device: torch.device, wanted: dict[str, bool | None], dtype: torch.dtype = torch.float32) -> list[Choice]:
+def choose(device: torch.device, wanted: dict[str, bool | None]) -> list[Choice]:
     """Settle every part of `CHOICES`.
 
     Args:
         device: Of the pipeline.
         wanted: Part -> True (insisted on), False (left out) or None (as suits the device).
-        dtype: That the pipeline computes in.
 
     Raises:
         ValueError: A part is not known, or one that is insisted on cannot be had; the message says why.
@@ -50,7 +49,7 @@ def choose(device: torch.device, wanted: dict[str, bool | None], dtype: torch.dt
         raise ValueError(f"No part {sorted(unknown)[0]!r} to compile: choose from {', '.join(CHOICES)}.")
     choices = []
     for name in CHOICES:
-        can, pays, reason = _JUDGES[name](device, dtype)
+        can, pays, reason = _JUDGES[name](device)
         want = wanted.get(name)
         if want is False:
             choices.append(Choice(name, False, "left out as asked"))
@@ -63,40 +62,39 @@ def choose(device: torch.device, wanted: dict[str, bool | None], dtype: torch.dt
     return choices
 
 
-# Device and dtype -> whether a part can be had, whether it pays, and why (not). What pays on CPUs was measured
+# Device -> whether a part can be had, whether it pays, and why (not). What pays on CPUs was measured
 # (docs/speed.md); other devices than CPUs and CUDA's have not been tried and keep the plain path.
 Judgement = tuple[bool, bool, str]
 
 
-def _kernels(device: torch.device, dtype: torch.dtype) -> Judgement:
+def _kernels(device: torch.device) -> Judgement:
     can, reason = available(device)
     return can, can, reason
 
 
-def _blocks(device: torch.device, dtype: torch.dtype) -> Judgement:
+def _blocks(device: torch.device) -> Judgement:
     compiler, reason = compiler_for(device)
     if not compiler:
         return False, False, reason
-    return True, True, f"compiled with the joins of skips and the final layer, by {reason}"
+    decoder = " and the autoencoder's decoder" if compiles_decoder(device) else ""
+    return True, True, f"compiled with the joins of skips and the final layer{decoder}, by {reason}"
 
 
-def _graphs(device: torch.device, dtype: torch.dtype) -> Judgement:
+def _graphs(device: torch.device) -> Judgement:
     if device.type != "cuda":
         return False, False, f"{device} is not a CUDA device"
     return True, True, "a full and a reused step are launched as a whole"
 
 
-def _modulation(device: torch.device, dtype: torch.dtype) -> Judgement:
+def _modulation(device: torch.device) -> Judgement:
     if device.type not in ("cpu", "cuda"):
         return True, False, f"it has not been tried on {device.type}"
     return True, True, "adaLN's vectors of all steps come from one product a block, ahead of the loop"
 
 
-def _decoder(device: torch.device, dtype: torch.dtype) -> Judgement:
+def _decoder(device: torch.device) -> Judgement:
     if device.type not in ("cpu", "cuda"):
         return True, False, f"it has not been tried on {device.type}"
-    if device.type == "cpu" and dtype is not torch.float32:
-        return True, False, "convolutions of other dtypes than float32 are slower channels last on CPUs"
     return True, True, "the autoencoder's convolutions run channels last"
 
 
@@ -125,6 +123,11 @@ def compiler_for(device: torch.device) -> tuple[str, str]:
         if shutil.which(name):
             return name, f"torch.compile with {name}"
     return "", "torch.compile on a CPU needs a C++ compiler, such as g++"
+
+
+def compiles_decoder(device: torch.device) -> bool:
+    """Whether `blocks` compiles the autoencoder's decoder too: on CPUs that takes longer than it saves."""
+    return device.type == "cuda"
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -22,7 +22,10 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def record_on_cuda(call: Callable[[], None]) -> Callable[[], None]:
-    """Record a call into a CUDA graph, after a few to warm up on a stream of their own; returns what replays it."""
+    """Record a call into a CUDA graph, after a few to warm up on a stream of their own; returns what replays it.
+
+    Only what this thread does is recorded and watched: another one may be decoding samples meanwhile.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -30,7 +33,7 @@ def record_on_cuda(call: Callable[[], None]) -> Callable[[], None]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         call()
     return graph.replay
 

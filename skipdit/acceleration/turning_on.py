@@ -9,11 +9,11 @@ from diffusers import DiffusionPipeline
 
 from ..cache import SkipCacheConfig
 from ..models import SkipBackbone
-from .choice import CHOICES, Choice, choose, has_bf16
+from .choice import CHOICES, Choice, choose, compiles_decoder, has_bf16
 from .graphs import GraphedForward
 from .modulation import Modulations
 from .quality import psnr, trial_samples
-from .undoing import recast, turn_on_blocks, turn_on_float8, turn_on_kernels
+from .undoing import recast, turn_on_blocks, turn_on_compiled, turn_on_float8, turn_on_kernels
 
 __all__ = ["Acceleration", "accelerate"]
 
@@ -76,7 +76,7 @@ def accelerate(
         ValueError: What is asked for cannot be had, or float8's samples are too far off; nothing is changed then.
     """
     device, model = pipeline._execution_device, pipeline.transformer
-    choices = choose(device, wanted, dtype or model.dtype)
+    choices = choose(device, wanted)
     on = {choice.name for choice in choices if choice.on}
     modulations = None
     with ExitStack() as stack:
@@ -97,6 +97,8 @@ def accelerate(
             stack.callback(modulations.undo)
         if "blocks" in on:
             stack.callback(turn_on_blocks(model))
+            if pipeline.vae is not None and compiles_decoder(device):
+                stack.callback(turn_on_compiled([pipeline.vae.decoder]))
         if "graphs" in on:
             stack.enter_context(graphed(model, modulations))
         acceleration = Acceleration(device, choices, stack.pop_all(), modulations)

@@ -10,7 +10,7 @@ from torch import nn
 from ..kernels import KERNELS
 from ..models.layers import FLOAT8_LAYERS, FinalLayer, use_float8, use_kernels
 
-__all__ = ["recast", "turn_on_blocks", "turn_on_float8", "turn_on_kernels"]
+__all__ = ["recast", "turn_on_blocks", "turn_on_compiled", "turn_on_float8", "turn_on_kernels"]
 
 Undo = Callable[[], None]
 VARIANTS = 64  # compiled forms of one function
@@ -75,9 +75,7 @@ def turn_on_blocks(model: nn.Module, **options: Any) -> Undo:
     _allow_variants()
     handle = model.x_embedder.register_forward_hook(lambda module, inputs, output: output.contiguous())
     compiled = [m for m in model.modules() if type(m).__name__ in model._repeated_blocks or isinstance(m, FinalLayer)]
-    before = [(module, module._compiled_call_impl) for module in compiled]
-    for module in compiled:
-        module.compile(**options)
+    compiled_back = turn_on_compiled(compiled, **options)
     fuse = torch.compile(_fuse, **options)
     residual = model.config.skip == "residual"
 
@@ -89,6 +87,18 @@ def turn_on_blocks(model: nn.Module, **options: Any) -> Undo:
     def undo() -> None:
         handle.remove()
         del model.fuse_skip
+        compiled_back()
+
+    return undo
+
+
+def turn_on_compiled(modules: Sequence[nn.Module], **options: Any) -> Undo:
+    """Compile modules in place, each by itself."""
+    before = [(module, module._compiled_call_impl) for module in modules]
+    for module in modules:
+        module.compile(**options)
+
+    def undo() -> None:
         for module, call in before:
             module._compiled_call_impl = call
 
