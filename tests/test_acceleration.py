@@ -3,55 +3,30 @@
 import contextlib
 import copy
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
-from tiny_pipelines import tiny_pipeline
+from accelerated import OFF, TOLERANCE, cached, quiet, relative, samples
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skipdit import SkipCacheConfig, make_scheduler
+from skipdit import SkipLattePipeline, make_scheduler
 from skipdit.acceleration import CHOICES, compiler_for
 from skipdit.acceleration.choice import choose, compiles_decoder
-from skipdit.acceleration.graphs import MOST_GRAPHS, GraphedForward
 from skipdit.acceleration.modulation import HeldModulation, Modulations
 from skipdit.acceleration.quality import psnr
-from skipdit.acceleration.turning_on import graphed
 from skipdit.acceleration.undoing import recast, turn_on_blocks, turn_on_compiled
 from skipdit.cli import main
 from skipdit.kernels import float8_available
 
 CPU = torch.device("cpu")
-OFF = dict.fromkeys(("blocks", "modulation", "decoder"), False)
-CACHE = SkipCacheConfig(interval=3, start=1000, stop=0)
-TOLERANCE = 1e-5
-"""Relative error of the samples in float32, which docs/speed.md states."""
-
+ROOT = Path(__file__).resolve().parents[1]
 needs_compiler = pytest.mark.skipif(not compiler_for(CPU)[0], reason=compiler_for(CPU)[1])
-
-
-def quiet(kind: str = "video", **settings):
-    pipe = tiny_pipeline(kind, **settings)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def samples(pipe, labels=(0, 2), steps: int = 7, output_type: str = "latent", **inputs) -> torch.Tensor:
-    who = {"num_samples": 2} if pipe.transformer.null_class is None else {"class_labels": list(labels)}
-    inputs = {"guidance_scale": 4.0, "generator": torch.manual_seed(0), **who, **inputs}
-    return pipe(num_inference_steps=steps, output_type=output_type, return_dict=False, **inputs)[0]
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-def cached(pipe, on: bool):
-    if on:
-        pipe.transformer.enable_cache(CACHE)
-    return pipe
 
 
 # ---------------------------------------------------------------------- compiled blocks
@@ -103,7 +78,7 @@ def test_compiled_blocks_give_the_same_samples_and_are_undone():
     assert 0 < relative(found, expected) < TOLERANCE
     pipe.uncompile()
     assert torch.equal(samples(pipe), expected)
-    assert "fuse_skip" not in vars(pipe.transformer) and not pipe.transformer.x_embedder._forward_hooks
+    assert "join_skip" not in vars(pipe.transformer) and not pipe.transformer.x_embedder._forward_hooks
 
 
 # ---------------------------------------------------------------------- modulation
@@ -159,110 +134,6 @@ def test_a_table_that_is_too_large_is_left_out(monkeypatch):
     pipe = quiet()
     steps = Modulations(pipe.transformer).trajectory(torch.arange(5), torch.tensor([0, 1]), 2)
     assert steps is contextlib.nullcontext
-
-
-# ---------------------------------------------------------------------- graphs, with a recorder that calls again
-
-
-def again(call):
-    call()
-    return call
-
-
-@pytest.mark.parametrize("settings", [{}, {"kind": "image"}, {"num_classes": None}])
-def test_recorded_paths_give_the_same_samples(settings):
-    pipe = quiet(**settings)
-    plain, cache = samples(pipe), {}
-    pipe.transformer.enable_cache(CACHE)
-    expected = samples(pipe)
-    counts = copy.copy(pipe.transformer.cache_stats)
-    assert counts.reused and not torch.equal(expected, plain)
-    with graphed(pipe.transformer, None, record=again) as forward:
-        for _ in range(2):
-            assert torch.equal(samples(pipe), expected)
-            assert pipe.transformer.cache_stats == counts
-            cache.update(forward._recorded)
-        assert len(cache) == 2  # the full path and the reused one, each recorded once
-        pipe.transformer.disable_cache()
-        assert torch.equal(samples(pipe), plain)
-        pipe.transformer.enable_cache(CACHE)
-    assert torch.equal(samples(pipe), expected)
-    pipe.transformer.disable_cache()
-    assert not isinstance(pipe.transformer.forward, GraphedForward)
-    assert torch.equal(samples(pipe), plain)
-
-
-def test_recorded_paths_read_the_modulations_of_their_step():
-    pipe = quiet()
-    expected = samples(pipe)
-    modulations = Modulations(pipe.transformer)
-    with graphed(pipe.transformer, modulations, record=again) as forward:
-        pipe._acceleration = pipe.compile(**OFF)
-        pipe._acceleration._modulations = modulations
-        assert relative(samples(pipe), expected) < TOLERANCE
-        pipe.uncompile()
-        assert torch.equal(samples(pipe), expected)
-        assert len(forward._recorded) == 2  # with given vectors and with its own
-    modulations.undo()
-
-
-def test_results_of_a_recorded_path_are_the_callers_own():
-    model = quiet().transformer
-    with graphed(model, None, record=again), torch.no_grad():
-        inputs = torch.randn(2, 4, 4, 8, 8), torch.tensor([7, 7]), torch.tensor([0, 1])
-        first, features = model(*inputs, return_dict=False, shallow=1)
-        kept = first.clone(), features.clone()
-        model(-inputs[0], *inputs[1:], return_dict=False, shallow=1)
-        assert torch.equal(first, kept[0]) and torch.equal(features, kept[1])
-        reused = model(*inputs, return_dict=False, shallow=1, deep_features=features)
-        assert reused[1] is features and torch.allclose(reused[0], first)
-
-
-def test_what_a_pipeline_does_not_call_is_not_recorded():
-    model = quiet().transformer
-    inputs = torch.randn(2, 4, 4, 8, 8), torch.tensor([7, 7]), torch.tensor([0, 1])
-    with graphed(model, None, record=again) as forward:
-        model(*inputs, return_dict=False)[0].sum().backward()
-        with torch.no_grad():
-            model(*inputs)
-            model(*inputs, return_dict=False, num_images=1)
-        assert not forward._recorded and model.blocks[0].attn.qkv.weight.grad is not None
-
-
-def test_shapes_that_cannot_be_recorded_take_the_plain_path(caplog):
-    def fail(call):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
-
-    pipe = cached(quiet(), True)
-    expected = samples(pipe)
-    with graphed(pipe.transformer, None, record=fail):
-        assert torch.equal(samples(pipe), expected)
-    assert len(caplog.records) == 2  # once for each path
-    assert "[4, 4, 4, 8, 8] are not recorded as a CUDA graph: CUDA error: operation not permitted" in caplog.text
-
-
-def test_a_cache_within_the_network_is_not_recorded():
-    """It decides anew at every step which layers run."""
-    pipe = quiet(skip=None)
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e3))
-    expected = samples(pipe)
-    with graphed(pipe.transformer, None, record=again) as forward:
-        assert torch.equal(samples(pipe), expected)
-        assert not forward._recorded
-        pipe.transformer.disable_cache()
-        assert not torch.equal(samples(pipe), expected)
-        assert len(forward._recorded) == 1
-
-
-def test_old_recordings_are_let_go():
-    def plus_one(hidden_states, timestep, class_labels=None, return_dict=False, shallow=None):
-        return (hidden_states + 1,)
-
-    forward = GraphedForward(plus_one, record=again)
-    with torch.no_grad():
-        for size in range(1, MOST_GRAPHS + 4):
-            assert torch.equal(forward(torch.zeros(size), torch.zeros(size), None, False)[0], torch.ones(size))
-    assert len(forward._recorded) == MOST_GRAPHS
 
 
 # ---------------------------------------------------------------------- the loop
@@ -393,9 +264,24 @@ def test_what_cannot_be_had_is_refused_and_nothing_changes(choices, message):
     assert pipe._acceleration is None and torch.equal(samples(pipe), expected)
 
 
-def test_a_missing_compiler_is_told(monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert compiler_for(CPU) == ("", "torch.compile on a CPU needs a C++ compiler, such as g++")
+def test_where_the_compiler_fails_the_plain_path_is_taken_and_told(tmp_path):
+    """In a process that finds no compiler and no code that was compiled before."""
+    program = """
+import logging
+from accelerated import quiet, samples
+logging.basicConfig(level="WARNING")
+pipe = quiet()
+expected = samples(pipe)
+print(pipe.compile(modulation=False, decoder=False))
+assert samples(pipe).equal(expected)
+"""
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "The plain path on cpu\n" in ran.stdout
+    assert "  - blocks: torch.compile, which needs a C++ compiler here, fails (" in ran.stdout
+    assert ran.stderr.count("WARNING") == 1 and "the plain path is taken" in ran.stderr
 
 
 def test_another_dtype_and_order_are_undone_bit_for_bit():
@@ -446,6 +332,88 @@ def test_recast_keeps_whole_numbers_and_other_shapes():
     assert layers.weight.dtype == torch.float32
 
 
+def add_one(pipe) -> None:
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.add_(1)
+
+
+def load_zeros(pipe) -> None:
+    pipe.vae.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in pipe.vae.state_dict().items()})
+
+
+def cast(pipe) -> None:
+    pipe.vae.to(torch.float64)
+
+
+@pytest.mark.parametrize("change", [add_one, load_zeros, cast])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_was_done_to_the_weights_since_stays_done(change, dtype):
+    """Undoing puts the former dtype and order back, not the former values."""
+    pipe, plain = quiet(), quiet()
+    pipe.compile(dtype=dtype, **OFF | {"decoder": True})
+    change(pipe)
+    pipe.uncompile()
+    change(plain)
+    for (name, found), expected in zip(pipe.vae.state_dict().items(), plain.vae.state_dict().values(), strict=True):
+        assert found.dtype == expected.dtype and found.stride() == expected.stride(), name
+        assert relative(found + 1e-9, expected + 1e-9) < (1e-2 if dtype else 1e-6), name
+
+
+def test_a_cast_that_fails_changes_nothing(monkeypatch):
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    to, casts = torch.Tensor.to, []
+
+    def fail_at_third(tensor, *args, **kwargs):
+        casts.append(tensor.dtype)
+        if len(casts) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", fail_at_third)
+    with pytest.raises(torch.OutOfMemoryError):
+        recast(layers, torch.bfloat16)
+    assert {parameter.dtype for parameter in layers.parameters()} == {torch.float32}
+
+
+def test_a_wrong_argument_leaves_what_is_compiled_as_it_is():
+    pipe = quiet()
+    before = pipe.compile(**OFF | {"modulation": True})
+    for wrong in ({"flash": True}, {"float8": 1}, {"float8": "norm"}, {"dtype": torch.int8}):
+        with pytest.raises(ValueError):
+            pipe.compile(**wrong)
+        assert pipe._acceleration is before
+    pipe.uncompile()
+
+
+def test_cast_weights_are_not_saved(tmp_path):
+    pipe = quiet()
+    pipe.compile(dtype=torch.bfloat16, **OFF)
+    with pytest.raises(ValueError, match=r"compile\(dtype=...\) has cast the weights: call uncompile\(\) before"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipe.compile(**OFF | {"modulation": True, "decoder": True})
+    expected = samples(pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = SkipLattePipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert relative(samples(loaded), expected) < TOLERANCE
+
+
+def test_a_copy_of_a_compiled_network_has_its_own_skips():
+    torch._dynamo.reset()
+    model = quiet().transformer
+    turn_on_blocks(model, backend="eager")
+    copied = copy.deepcopy(model)
+    inputs = torch.randn(1, 4, 4, 8, 8), torch.tensor([7]), torch.tensor([1])
+    with torch.no_grad():
+        before = model(*inputs).sample
+        for skip in copied.skip_linears:
+            skip.linear.weight.zero_()
+        assert not torch.allclose(copied(*inputs).sample, before) and torch.allclose(model(*inputs).sample, before)
+    copied(*inputs).sample.sum().backward()
+    assert copied.skip_linears[0].linear.weight.grad is not None and model.skip_linears[0].linear.weight.grad is None
+
+
 def test_compiling_twice_starts_anew():
     pipe = quiet()
     expected = samples(pipe)
@@ -473,6 +441,7 @@ def test_float8_passes_its_gate_or_is_refused():
     expected = samples(pipe)
     with pytest.raises(ValueError, match=r"float8 of attention and mlp is refused: its samples are [\d.]+ dB .* 200"):
         pipe.compile(float8=True, least_psnr=200)
+    assert pipe._acceleration is None
     assert torch.equal(samples(pipe), expected)
     chosen = pipe.compile(float8=["mlp"], least_psnr=1, **OFF)
     assert chosen.parts == ("float8",) and "mlp as asked; samples are" in str(chosen)
@@ -485,7 +454,8 @@ def test_float8_passes_its_gate_or_is_refused():
 
 
 def test_fast_samples_are_the_same_pictures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("shutil.which", lambda name: None)  # nothing to compile with: seconds less
+    unasked = ("", "left out of this test, for it takes seconds")
+    monkeypatch.setattr("skipdit.acceleration.choice.compiler_for", lambda device: unasked)
     quiet().save_pretrained(tmp_path / "pipeline")
     words = [f"model={tmp_path / 'pipeline'}", "steps=3", "classes=[one]", "format=[npz]", "cache=N2"]
     pixels = {}

@@ -1,10 +1,9 @@
 """Which parts of an acceleration suit a device, and why: decided from the device alone, nothing changed yet."""
 
-import importlib.util
 import os
 import platform
-import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -49,11 +48,12 @@ def choose(device: torch.device, wanted: dict[str, bool | None]) -> list[Choice]
         raise ValueError(f"No part {sorted(unknown)[0]!r} to compile: choose from {', '.join(CHOICES)}.")
     choices = []
     for name in CHOICES:
-        can, pays, reason = _JUDGES[name](device)
         want = wanted.get(name)
         if want is False:
             choices.append(Choice(name, False, "left out as asked"))
-        elif want and not can:
+            continue
+        can, pays, reason = _JUDGES[name](device)
+        if want and not can:
             raise ValueError(f"compile({name}=True) is not possible: {reason}.")
         elif want and not pays:
             choices.append(Choice(name, True, f"as asked, though {reason}"))
@@ -107,22 +107,26 @@ _JUDGES = {
 }
 
 
+@lru_cache
 def compiler_for(device: torch.device) -> tuple[str, str]:
-    """What torch.compile needs on a device.
+    """What torch.compile uses on a device, found by compiling a line.
 
     Returns:
-        Its name ("" if it is missing), and the same or what is missing as a part of a sentence.
+        Its name ("" if it does not work), and the same or why not as a part of a sentence.
     """
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "", "torch.compile on a CUDA device needs Triton, which is not installed"
-        return "Triton", "torch.compile with Triton"
-    if device.type != "cpu" or os.name != "posix":
+    if device.type not in ("cuda", "cpu") or torch.version.hip or os.name != "posix":
         return "", f"torch.compile has not been tried on {device.type} under {platform.system()}"
-    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
-        if shutil.which(name):
-            return name, f"torch.compile with {name}"
-    return "", "torch.compile on a CPU needs a C++ compiler, such as g++"
+    name = "Triton" if device.type == "cuda" else "a C++ compiler"
+    try:
+        torch.compile(_line, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds: no compiler, a broken one, no Triton, a card that is too old
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        return "", f"torch.compile, which needs {name} here, fails ({told[0][:200]})"
+    return name, f"torch.compile with {name}"
+
+
+def _line(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() + 1
 
 
 def compiles_decoder(device: torch.device) -> bool:

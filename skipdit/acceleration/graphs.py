@@ -4,15 +4,19 @@ All that is special to CUDA is in `record_on_cuda`; it has not been run yet, for
 on CPUs with a recorder that calls again.
 """
 
+import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["GraphedForward", "record_on_cuda"]
+__all__ = ["GraphedForward", "fingerprint", "record_on_cuda"]
 
 log = logging.getLogger("skipdit.acceleration")
 
@@ -50,9 +54,10 @@ class _Recorded:
 class GraphedForward:
     """Stands in for a backbone's forward: records each path at each shape once, then replays it.
 
-    Inputs are copied to where the graph reads, outputs out of where it writes, so results are the caller's own. Calls
-    that a pipeline does not make (with gradients, with joint images, for an output object) go to the forward itself.
-    So do shapes that cannot be recorded: other sizes than the model's own copy their positions from the host.
+    Inputs are copied to where the graph reads, outputs out of where it writes, so results are the caller's own. It
+    replays only inside `recordings_of`, for a graph remembers where weights lay; outside, and for calls that a
+    pipeline does not make (with gradients, autocast or joint images, for an output object), the forward itself runs.
+    So it does for shapes that cannot be recorded.
 
     Args:
         forward: The model's own.
@@ -70,6 +75,24 @@ class GraphedForward:
     ):
         self.forward, self.key, self.suits, self.record = forward, key, suits, record
         self._recorded: OrderedDict[tuple, _Recorded] = OrderedDict()
+        self._weights: Hashable = None
+        self._open = False
+
+    def __deepcopy__(self, memo: dict) -> Callable[..., Any]:
+        """A copied model has its own forward: recordings are of the weights of the first."""
+        return copy.deepcopy(self.forward, memo)
+
+    @contextmanager
+    def recordings_of(self, weights: Hashable) -> Iterator[None]:
+        """Within it, calls are recorded and replayed; `weights` is the model's `fingerprint`, taken just before."""
+        if weights != self._weights:  # what is recorded reads memory that may be another's by now
+            self._recorded.clear()
+            self._weights = weights
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
 
     def __call__(
         self,
@@ -81,13 +104,15 @@ class GraphedForward:
     ) -> Any:
         """The forward's arguments and results."""
         foreign = set(options) - {"shallow", "deep_features"}
-        if return_dict or foreign or torch.is_grad_enabled() or not self.suits():
+        changing = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type)
+        if not self._open or return_dict or foreign or changing or not self.suits():
             return self.forward(hidden_states, timestep, class_labels, return_dict, **options)
         shallow, features = options.get("shallow"), options.get("deep_features")
         given = {"hidden_states": hidden_states, "timestep": timestep}
         given |= {} if class_labels is None else {"class_labels": class_labels}
         given |= {} if features is None else {"deep_features": features}
-        key = (shallow, self.key(), *((name, t.shape, t.dtype, t.device) for name, t in given.items()))
+        key = (shallow, torch.is_inference_mode_enabled(), self.key())
+        key += tuple((name, t.shape, t.dtype, t.device) for name, t in given.items())
         with torch.cuda.device_of(hidden_states):
             path = self._recorded.get(key) or self._make(key, given, shallow)
             self._recorded.move_to_end(key)
@@ -96,10 +121,9 @@ class GraphedForward:
             for name, tensor in given.items():
                 path.inputs[name].copy_(tensor)
             path.replay()
-            outputs = [output.clone() for output in path.outputs]
-        if features is not None:  # handed through
-            outputs[1] = features
-        return tuple(outputs)
+            if features is not None:  # handed through
+                return path.outputs[0].clone(), features
+            return tuple(output.clone() for output in path.outputs)
 
     def _make(self, key: tuple, given: dict[str, torch.Tensor], shallow: int | None) -> _Recorded:
         inputs = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in given.items()}
@@ -126,3 +150,10 @@ class GraphedForward:
         if len(self._recorded) > MOST_GRAPHS:
             self._recorded.popitem(last=False)
         return path
+
+
+def fingerprint(model: nn.Module) -> int:
+    """What a recording of a model's forward depends on: its layers, what they use, and where their tensors lie."""
+    layers = tuple((type(module), getattr(module, "kernels", None)) for module in model.modules())
+    tensors = tuple((t.data_ptr(), t.dtype, t.shape) for t in chain(model.parameters(), model.buffers()))
+    return hash((layers, tensors))

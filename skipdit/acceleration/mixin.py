@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .planning import check_on_device, settle
 from .turning_on import Acceleration, accelerate
 
 __all__ = ["CompileMixin"]
@@ -34,24 +35,43 @@ class CompileMixin:
             What was chosen and why; `print` shows it.
 
         Raises:
-            ValueError: A part that is insisted on cannot be had, or float8's samples are too far off.
+            ValueError: A part that is insisted on cannot be had, or weights are offloaded: nothing is changed then. Or
+                float8's samples are too far off: the plain path is taken then.
 
         Example:
             >>> print(pipe.compile())
             >>> pipe.compile(graphs=False, dtype=torch.bfloat16)
         """
+        plan = settle(self, **choices)
         self.uncompile()
-        self._acceleration = accelerate(self, **choices)
+        self._acceleration = accelerate(self, plan)
         return self._acceleration
 
     def uncompile(self) -> None:
-        """Take back what `compile` did; samples are those of before, bit for bit."""
+        """Take back what `compile` did; samples are those of before, bit for bit.
+
+        Weights that were moved or changed since keep that; only their dtype and order are put back.
+        """
         if self._acceleration is not None:
             self._acceleration.undo()
             self._acceleration = None
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers', for weights that are what they were.
+
+        Raises:
+            ValueError: `compile` has cast them; nothing is written then.
+        """
+        cast = {"dtype", "float8"} & set(self._acceleration.parts if self._acceleration else ())
+        if cast:
+            raise ValueError(f"compile({sorted(cast)[0]}=...) has cast the weights: call uncompile() before saving.")
+        super().save_pretrained(*args, **kwargs)
 
     def _step_contexts(
         self, timesteps: torch.Tensor, labels: torch.Tensor | int, rows: int
     ) -> Callable[[int], AbstractContextManager]:
         """Step index -> the context that its forward runs in; see `Acceleration.steps`."""
-        return self._acceleration.steps(timesteps, labels, rows) if self._acceleration else nullcontext
+        if self._acceleration is None:
+            return nullcontext
+        check_on_device(self)
+        return self._acceleration.steps(timesteps, labels, rows)

@@ -90,7 +90,7 @@ class Modulations:
         return torch.cat([layers(conditioning) for layers in self._originals], dim=-1)
 
     def _buffer(self, batch: int, table: torch.Tensor) -> torch.Tensor:
-        key = batch, table.shape[-1], table.dtype, table.device
+        key = batch, table.shape[-1], table.dtype, table.device, torch.is_inference_mode_enabled()
         if key not in self._current:
             self._current[key] = table.new_empty(batch, table.shape[-1])
         return self._current[key]

@@ -3,22 +3,24 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from threading import RLock
 
 import torch
 from diffusers import DiffusionPipeline
 
 from ..cache import SkipCacheConfig
 from ..models import SkipBackbone
-from .choice import CHOICES, Choice, choose, compiles_decoder, has_bf16
-from .graphs import GraphedForward
+from .choice import CHOICES, Choice, compiles_decoder
+from .graphs import GraphedForward, fingerprint
 from .modulation import Modulations
+from .planning import Plan
 from .quality import psnr, trial_samples
 from .undoing import recast, turn_on_blocks, turn_on_compiled, turn_on_float8, turn_on_kernels
 
-__all__ = ["Acceleration", "accelerate"]
+__all__ = ["Acceleration", "accelerate", "graphed"]
 
 log = logging.getLogger("skipdit.acceleration")
-FLOAT8 = ("attention", "mlp")
 
 
 class Acceleration:
@@ -29,9 +31,17 @@ class Acceleration:
         choices: Every part, on or off, with the reason; `str` shows a line for each.
     """
 
-    def __init__(self, device: torch.device, choices: list[Choice], stack: ExitStack, modulations: Modulations | None):
-        self.device, self.choices = device, tuple(choices)
-        self._stack, self._modulations = stack, modulations
+    def __init__(
+        self,
+        model: SkipBackbone,
+        choices: Sequence[Choice],
+        stack: ExitStack,
+        modulations: Modulations | None = None,
+        graphs: GraphedForward | None = None,
+    ):
+        self.device, self.choices = model.device, tuple(choices)
+        self._model, self._stack, self._modulations, self._graphs = model, stack, modulations, graphs
+        self._alone = RLock()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -54,42 +64,43 @@ class Acceleration:
             labels: [batch] as the network sees them, or a number for an unconditional model.
             batch: Samples as the network sees them.
         """
-        if self._modulations is None:
-            return nullcontext
-        return self._modulations.trajectory(timesteps, None if isinstance(labels, int) else labels, batch)
+        if self._model.device != self.device:
+            log.warning("compile() chose for %s; call it again to choose for %s.", self.device, self._model.device)
+        vectors, recordings = nullcontext, nullcontext
+        if self._modulations is not None:
+            vectors = self._modulations.trajectory(timesteps, None if isinstance(labels, int) else labels, batch)
+        if self._graphs is not None:
+            recordings = partial(self._graphs.recordings_of, fingerprint(self._model))
+
+        @contextmanager
+        def step(index: int) -> Iterator[None]:
+            with self._alone, vectors(index), recordings():  # vectors and a graph's tensors are those of one step
+                yield
+
+        return step
 
     def undo(self) -> None:
-        """Put everything back; samples are bit for bit those of before."""
+        """Put everything back; samples are bit for bit those of before, unless weights were changed meanwhile."""
         self._stack.close()
 
 
-def accelerate(
-    pipeline: DiffusionPipeline,
-    dtype: torch.dtype | None = None,
-    float8: bool | Sequence[str] = False,
-    least_psnr: float = 30.0,
-    **wanted: bool | None,
-) -> Acceleration:
-    """Turn on what suits a pipeline's device; `SkipPipeline.compile` says what the arguments mean.
+def accelerate(pipeline: DiffusionPipeline, plan: Plan) -> Acceleration:
+    """Turn on what `settle` decided.
 
     Raises:
-        ValueError: What is asked for cannot be had, or float8's samples are too far off; nothing is changed then.
+        ValueError: Samples with float8 are too far off; nothing is on then.
     """
-    device, model = pipeline._execution_device, pipeline.transformer
-    choices = choose(device, wanted)
-    on = {choice.name for choice in choices if choice.on}
-    modulations = None
+    model, vae, on, choices = pipeline.transformer, pipeline.vae, plan.on, list(plan.choices)
+    modulations = graphs = None
     with ExitStack() as stack:
-        choices.append(_dtype(model.dtype, dtype, device))
-        if dtype is not None:
-            stack.callback(recast(model, dtype))
-            if pipeline.vae is not None:
-                stack.callback(recast(pipeline.vae, dtype))
-        if float8:
-            names = FLOAT8 if float8 is True else tuple(float8)
-            choices.append(_float8(pipeline, names, least_psnr, stack))
-        if "decoder" in on and pipeline.vae is not None:
-            stack.callback(recast(pipeline.vae, channels_last=True))
+        if plan.dtype is not None:
+            stack.callback(recast(model, plan.dtype))
+            if vae is not None:
+                stack.callback(recast(vae, plan.dtype))
+        if plan.float8:
+            choices.append(_float8(pipeline, plan.float8, plan.least_psnr, stack))
+        if "decoder" in on and vae is not None:
+            stack.callback(recast(vae, channels_last=True))
         if "kernels" in on:
             stack.callback(turn_on_kernels(model))
         if "modulation" in on:
@@ -97,28 +108,18 @@ def accelerate(
             stack.callback(modulations.undo)
         if "blocks" in on:
             stack.callback(turn_on_blocks(model))
-            if pipeline.vae is not None and compiles_decoder(device):
-                stack.callback(turn_on_compiled([pipeline.vae.decoder]))
+            if vae is not None and compiles_decoder(model.device):
+                stack.callback(turn_on_compiled([vae.decoder]))
         if "graphs" in on:
-            stack.enter_context(graphed(model, modulations))
-        acceleration = Acceleration(device, choices, stack.pop_all(), modulations)
+            graphs = stack.enter_context(graphed(model, modulations))
+        acceleration = Acceleration(model, choices, stack.pop_all(), modulations, graphs)
     if acceleration.parts:
         log.info("%s", acceleration)
     else:
         reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices if choice.name in CHOICES))
+        device = acceleration.device
         log.warning("Nothing makes this pipeline faster on %s (%s): the plain path is taken.", device, reasons)
     return acceleration
-
-
-def _dtype(now: torch.dtype, wanted: torch.dtype | None, device: torch.device) -> Choice:
-    """Another dtype is never chosen, only hinted at: it alters samples beyond rounding of float32."""
-    if wanted is None:
-        hint = "; dtype=torch.bfloat16 would be faster here, and less exact" if now is torch.float32 else ""
-        return Choice("dtype", False, f"{now} stays{hint if has_bf16(device) else ''}")
-    if wanted not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"compile(dtype={wanted}): choose torch.float32, torch.bfloat16 or torch.float16.")
-    slow = ", which this device has no units for" if wanted is torch.bfloat16 and not has_bf16(device) else ""
-    return Choice("dtype", True, f"{now} becomes {wanted} as asked{slow}")
 
 
 def _float8(pipeline: DiffusionPipeline, names: tuple[str, ...], least_psnr: float, stack: ExitStack) -> Choice:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..kernels import KERNELS
-from ..models.layers import FLOAT8_LAYERS, FinalLayer, use_float8, use_kernels
+from ..models.layers import FLOAT8_LAYERS, FinalLayer, join_skip, use_float8, use_kernels
 
 __all__ = ["recast", "turn_on_blocks", "turn_on_compiled", "turn_on_float8", "turn_on_kernels"]
 
@@ -17,18 +17,38 @@ VARIANTS = 64  # compiled forms of one function
 
 
 def recast(module: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = False) -> Undo:
-    """Give a module's floating-point tensors another dtype or the channels-last order; the old ones are kept."""
-    kept = [(tensor, tensor.data) for tensor in chain(module.parameters(), module.buffers())]
-    for tensor, data in kept:
-        if data.is_floating_point():
-            order = torch.channels_last if channels_last and data.ndim == 4 else torch.preserve_format
-            tensor.data = data.to(dtype=dtype or data.dtype, memory_format=order)
+    """Give a module's floating-point tensors another dtype or the channels-last order; the old ones are kept.
+
+    Undoing puts back the very tensors, unless they were moved or changed meanwhile: those keep what they hold and get
+    their former dtype and order.
+    """
+    kept: list[tuple[torch.Tensor, torch.Tensor, tuple]] = []
 
     def undo() -> None:
-        for tensor, data in kept:
-            tensor.data = data
+        for tensor, old, state in kept:
+            if _state(tensor) == state:
+                tensor.data = old
+            else:
+                dtype = old.dtype if tensor.dtype == state[1] else tensor.dtype
+                order = torch.contiguous_format if channels_last and tensor.ndim == 4 else torch.preserve_format
+                tensor.data = tensor.data.to(dtype=dtype, memory_format=order)
 
+    try:
+        for tensor in chain(module.parameters(), module.buffers()):
+            old = tensor.data
+            if old.is_floating_point():
+                order = torch.channels_last if channels_last and old.ndim == 4 else torch.preserve_format
+                tensor.data = old.to(dtype=dtype or old.dtype, memory_format=order)
+                kept.append((tensor, old, _state(tensor)))
+    except BaseException:  # out of memory, for example
+        undo()
+        raise
     return undo
+
+
+def _state(tensor: torch.Tensor) -> tuple:
+    """Differs once the tensor was moved, cast or written to."""
+    return tensor.data_ptr(), tensor.dtype, tensor._version
 
 
 def turn_on_kernels(model: nn.Module) -> Undo:
@@ -53,12 +73,16 @@ def turn_on_float8(model: nn.Module, names: Sequence[str]) -> Undo:
     kept = [
         (module, name, getattr(module, name)) for module in model.modules() for name in layers.get(type(module), ())
     ]
-    use_float8(model, names)
 
     def undo() -> None:
         for module, name, layer in kept:
             setattr(module, name, layer)
 
+    try:
+        use_float8(model, names)
+    except BaseException:
+        undo()
+        raise
     return undo
 
 
@@ -73,23 +97,21 @@ def turn_on_blocks(model: nn.Module, **options: Any) -> Undo:
         **options: For `torch.compile`.
     """
     _allow_variants()
-    handle = model.x_embedder.register_forward_hook(lambda module, inputs, output: output.contiguous())
-    compiled = [m for m in model.modules() if type(m).__name__ in model._repeated_blocks or isinstance(m, FinalLayer)]
-    compiled_back = turn_on_compiled(compiled, **options)
-    fuse = torch.compile(_fuse, **options)
-    residual = model.config.skip == "residual"
-
-    def fuse_skip(index: int, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        return fuse(model.skip_norms[index], model.skip_linears[index], hidden_states, skip, residual)
-
-    model.fuse_skip = fuse_skip
+    handle = model.x_embedder.register_forward_hook(_in_order)
+    blocks = [m for m in model.modules() if type(m).__name__ in model._repeated_blocks or isinstance(m, FinalLayer)]
+    undo_blocks = turn_on_compiled(blocks, **options)
+    model.join_skip = torch.compile(join_skip, **options)
 
     def undo() -> None:
         handle.remove()
-        del model.fuse_skip
-        compiled_back()
+        del model.join_skip
+        undo_blocks()
 
     return undo
+
+
+def _in_order(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.contiguous()
 
 
 def turn_on_compiled(modules: Sequence[nn.Module], **options: Any) -> Undo:
@@ -111,11 +133,3 @@ def _allow_variants() -> None:
     config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(getattr(config, name), VARIANTS))
-
-
-def _fuse(
-    norm: nn.Module, linear: nn.Module, hidden_states: torch.Tensor, skip: torch.Tensor, residual: bool
-) -> torch.Tensor:
-    """`SkipBackbone.fuse_skip` with its layers as arguments, so that one compiled function serves all of them."""
-    fused = linear(norm(torch.cat([hidden_states, skip], dim=-1)))
-    return hidden_states + fused if residual else fused

@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import os
+import shutil
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -43,6 +45,8 @@ def _available(name: str) -> tuple[bool, str]:
         return False, "they have not been tried on ROCm"
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang", "cc") if name):
+        return False, "Triton needs a C compiler, such as gcc"
     capability, card = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     if capability < MIN_CAPABILITY:
         return False, f"{card} has compute capability {_dotted(capability)}, and {_dotted(MIN_CAPABILITY)} is needed"

@@ -56,13 +56,21 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.check_size(linear)
         self.out_features, self.in_features = linear.weight.shape
-        if self.out_features % MULTIPLE or self.in_features % MULTIPLE:
-            raise ValueError(f"{self.in_features} to {self.out_features} is not in multiples of {MULTIPLE}.")
         weight, scale = quantize_rows(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.t().contiguous())
         self.register_buffer("bias", linear.bias.detach().to(torch.bfloat16))
+
+    @staticmethod
+    def check_size(linear: nn.Linear) -> None:
+        """Raise ValueError for sizes that such products cannot have."""
+        outer, inner = linear.weight.shape
+        if outer % MULTIPLE or inner % MULTIPLE:
+            raise ValueError(
+                f"A layer of {inner} to {outer} cannot run in float8: its sizes are not in multiples of {MULTIPLE}."
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.product(*quantize_rows(x.reshape(-1, self.in_features)))

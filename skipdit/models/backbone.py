@@ -1,5 +1,6 @@
 """What the image and the video backbone share: construction, long skips, the two compute paths, cache switches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,17 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..cache import SkipCacheConfig, SkipCacheHook, check_foreign_cache
-from .layers import Block, FinalLayer, LabelEmbedder, PatchEmbed, SkipLinear, SkipNorm, TimestepEmbedder, sincos_2d
+from .layers import (
+    Block,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    SkipLinear,
+    SkipNorm,
+    TimestepEmbedder,
+    join_skip,
+    sincos_2d,
+)
 
 SKIP_KINDS = ("linear", "residual", None)
 
@@ -59,6 +70,7 @@ class SkipBackbone(ModelMixin, ConfigMixin, CacheMixin):
         self.skip_linears = nn.ModuleList(SkipLinear(dim) for _ in joined)
         self.final_layer = FinalLayer(dim, cfg.patch_size, self.out_channels)
         self.register_buffer("pos_embed", self._positions(*self._grid(cfg.sample_size)).float())
+        self._other_positions: dict[tuple, torch.Tensor] = {}
         self.gradient_checkpointing = False
         self.initialize_weights()
 
@@ -130,7 +142,15 @@ class SkipBackbone(ModelMixin, ConfigMixin, CacheMixin):
         """Position embedding [1, rows * columns, D]: the stored one at the configured size, else computed."""
         if (rows, columns) == self._grid(self.config.sample_size):
             return self.pos_embed
-        return self._positions(rows, columns).to(self.pos_embed)
+        return self._computed((rows, columns), lambda: self._positions(rows, columns))
+
+    def _computed(self, size: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Positions of another size than the configured one: once for each, not at every step."""
+        key = size, self.pos_embed.dtype, self.pos_embed.device
+        if key not in self._other_positions:
+            with torch.inference_mode(False):
+                self._other_positions[key] = compute().to(self.pos_embed)
+        return self._other_positions[key]
 
     def check_input(self, hidden_states: torch.Tensor, ndim: int) -> None:
         """Raise ValueError, in one sentence, if the latents cannot be cut into patches."""
@@ -171,10 +191,12 @@ class SkipBackbone(ModelMixin, ConfigMixin, CacheMixin):
     def run_unit(self, unit: int, hidden_states: torch.Tensor, *conditions: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
+    join_skip = staticmethod(join_skip)
+
     def fuse_skip(self, index: int, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """Join a deep input with an early output, both [..., D]; `skip="residual"` adds the fusion to the input."""
-        fused = self.skip_linears[index](self.skip_norms[index](torch.cat([hidden_states, skip], dim=-1)))
-        return hidden_states + fused if self.config.skip == "residual" else fused
+        """`join_skip` by the index-th pair of layers."""
+        norm, linear = self.skip_norms[index], self.skip_linears[index]
+        return self.join_skip(norm, linear, hidden_states, skip, self.config.skip == "residual")
 
     def run_units(
         self,

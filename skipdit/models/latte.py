@@ -57,7 +57,9 @@ class SkipLatteTransformer3DModel(SkipBackbone):
         """Position embedding of the frame axis, [1, frames, 1, D]."""
         if frames == self.config.num_frames:
             return self.temp_embed[:, :, None]
-        return sincos_1d(self.config.hidden_size, torch.arange(frames))[None, :, None].to(self.temp_embed)
+        return self._computed(
+            (frames,), lambda: sincos_1d(self.config.hidden_size, torch.arange(frames))[None, :, None]
+        )
 
     def run_unit(
         self, unit: int, hidden_states: torch.Tensor, conditioning: torch.Tensor, frame_positions: torch.Tensor

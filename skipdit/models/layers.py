@@ -61,15 +61,26 @@ def use_float8(model: nn.Module, names: Collection[str] = ("attention", "mlp")) 
     Raises:
         ValueError: A name is not known, the device has no products of float8, or a size is no multiple of 16.
     """
+    places = _float8_places(model, names)
+    replaced = [Float8Linear(getattr(*place)) for place in places]  # all of them before the first takes its place
+    for (module, layer), linear in zip(places, replaced, strict=True):
+        setattr(module, layer, linear)
+
+
+def check_float8(model: nn.Module, names: Collection[str]) -> None:
+    """Raise ValueError, in one sentence, where `use_float8` would."""
+    for place in _float8_places(model, names):
+        Float8Linear.check_size(getattr(*place))
+
+
+def _float8_places(model: nn.Module, names: Collection[str]) -> list[tuple[nn.Module, str]]:
     if unknown := set(names) - set(FLOAT8_LAYERS):
         raise ValueError(f"No float8 layers {sorted(unknown)[0]!r}: choose from {', '.join(FLOAT8_LAYERS)}.")
     can, reason = float8_available(next(model.parameters()).device)
     if not can:
         raise ValueError(f"Linear layers cannot run in float8: {reason}.")
     chosen = dict(FLOAT8_LAYERS[name] for name in names)
-    for module in list(model.modules()):
-        for layer in chosen.get(type(module), ()):
-            setattr(module, layer, Float8Linear(getattr(module, layer)))
+    return [(module, layer) for module in model.modules() for layer in chosen.get(type(module), ())]
 
 
 def sincos_1d(dim: int, positions: torch.Tensor) -> torch.Tensor:
@@ -219,6 +230,14 @@ class SkipLinear(nn.Module):
 
     def forward(self, joined: torch.Tensor) -> torch.Tensor:
         return self.linear(joined)
+
+
+def join_skip(
+    norm: SkipNorm, linear: SkipLinear, hidden_states: torch.Tensor, skip: torch.Tensor, residual: bool
+) -> torch.Tensor:
+    """Join a deep input with an early output, both [..., D]; `residual` adds the fusion to the input."""
+    fused = linear(norm(torch.cat([hidden_states, skip], dim=-1)))
+    return hidden_states + fused if residual else fused
 
 
 class FinalLayer(nn.Module):
