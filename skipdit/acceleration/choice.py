@@ -83,6 +83,8 @@ def _blocks(device: torch.device) -> Judgement:
 def _graphs(device: torch.device) -> Judgement:
     if device.type != "cuda":
         return False, False, f"{device} is not a CUDA device"
+    if torch.version.hip:
+        return True, False, "they have not been tried on ROCm"
     return True, True, "a full and a reused step are launched as a whole"
 
 
