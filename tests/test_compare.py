@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from skipdit.evaluation.compare_measure import Contender, count_flops
 from skipdit.evaluation.compare_report import to_markdown
 from skipdit.evaluation.peers import magnitude_ratios, parse_peer
 from skipdit.operations import count_operations
+from skipdit.pipelines import SkipLattePipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
@@ -107,6 +109,33 @@ def test_real_clips_of_another_interval_are_refused(tmp_path):
     words = [f"model={tmp_path}/long", f"real.path={tmp_path}/real.pt", f"i3d={detector}", f"cache_dir={tmp_path}/c"]
     with pytest.raises(UserError, match=r"frame interval 1 \(real\) and 3 \(generated\)"):
         compare(load_config(CompareConfig, None, words))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["real.path=digits", "i3d=nowhere.ckpt"], "No weights at nowhere.ckpt"),
+        (["real.path=nowhere", "i3d={detector}"], "nowhere is not there"),
+        (["real.path=digits", "i3d={detector}"], "I3D needs clips of at least 9 frames, these have 4"),
+        (["lpips=true"], "lpips needs torchvision"),
+    ],
+)
+def test_nothing_is_sampled_before_all_is_seen_to_be_there(folders, tmp_path, monkeypatch, words, says):
+    """MagCache is calibrated on clips: that must wait for the real side."""
+    detector = write_detector(tmp_path / "detector.pt")
+    monkeypatch.setattr(SkipLattePipeline, "__call__", lambda *_, **__: pytest.fail("a clip was sampled"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    words = [f"twin={folders}/vanilla", "peers=[magcache:0.5]", *(word.format(detector=detector) for word in words)]
+    with pytest.raises(UserError, match=says):
+        compare(settings(folders, tmp_path, *words))
+
+
+def test_one_real_clip_has_no_distribution(tmp_path):
+    tiny_pipeline(num_frames=10).save_pretrained(tmp_path / "long")
+    torch.save(torch.zeros(1, 10, 16, 16, 3, dtype=torch.uint8), tmp_path / "real.pt")
+    words = [f"model={tmp_path}/long", f"real.path={tmp_path}/real.pt", f"i3d={write_detector(tmp_path / 'd.pt')}"]
+    with pytest.raises(UserError, match="holds 1 clip: FVD and KVD need 2 or more"):
+        compare(load_config(CompareConfig, None, [*words, f"cache_dir={tmp_path}/c"]))
 
 
 def test_samples_that_are_not_finite_stop_it(folders, tmp_path):

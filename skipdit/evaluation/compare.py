@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from ..pipelines import SkipPipeline
     from .compare_measure import Contender
+    from .networks.detectors import Detector
+    from .sides import Side
     from .statistics import FeatureStatistics
 
 __all__ = ["CompareConfig", "add_arguments", "compare", "run"]
@@ -57,15 +59,20 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     from tqdm import tqdm
 
     from .compare_measure import count_flops, measure
+    from .fidelity import check_networks
 
+    metrics = [*PAIRS, *(["lpips"] if config.lpips else [])]
     _check_words(config)
+    check_networks(metrics)
     pipelines = {"skip": _load(config.model, config, with_skips=True)}
     if config.twin is not None:
         pipelines["vanilla"] = _load(config.twin, config, with_skips=False)
         _check_twins(pipelines)
+    notes: list[str] = []
+    detector, side = _open_real(config, pipelines["skip"], notes)
     sample, decode = _sampling(config, pipelines)
-    contenders, notes = _contenders(config, pipelines, sample)
-    detector, real = _real_side(config, pipelines["skip"], notes)
+    contenders = _contenders(config, pipelines, sample, notes)  # samples, to calibrate MagCache
+    real = _gather_real(config, detector, side)
     batches = [
         list(range(first, min(first + config.batch_size, config.clips)))
         for first in range(0, config.clips, config.batch_size)
@@ -74,7 +81,6 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if config.equal_time:
         contenders = contenders + _fewer_steps(contenders, rates)
         flops += [count_flops(contender, sample) for contender in contenders[len(flops) :]]
-    metrics = [*PAIRS, *(["lpips"] if config.lpips else [])]
     with tqdm(total=len(contenders) * len(batches), desc="Comparing", disable=None) as bar:
         found = measure(contenders, sample, decode, batches, detector, metrics, lambda *_: bar.update())
     for measured, count in zip(found, flops, strict=True):
@@ -162,13 +168,12 @@ def _sampling(config: CompareConfig, pipelines: dict[str, "SkipPipeline"]) -> tu
     return sample, decode
 
 
-def _real_side(
+def _open_real(
     config: CompareConfig, pipeline: "SkipPipeline", notes: list[str]
-) -> tuple[Any, "FeatureStatistics | None"]:
-    """The detector and the statistics of the real clips, or None and None; what speaks against them is noted."""
+) -> tuple["Detector | None", "Side | None"]:
+    """The detector and the real clips, seen to fit, or None and None; what speaks against them is noted."""
     if not config.real.path:
         return None, None
-    from .gathering import Gathering, gather_cached
     from .identity import describe_difference
     from .networks.detectors import load_detector
     from .opening import open_side
@@ -187,6 +192,9 @@ def _real_side(
     )
     check_writable(config.cache_dir)
     side = open_side(config.real, settings, num_frames=cfg.num_frames, size=size)
+    detector.check_frames(cfg.num_frames)
+    if len(side) < 2:
+        raise UserError(f"{config.real.path} holds {len(side)} clip: FVD and KVD need 2 or more.")
     made_at = config.made_at or pipeline.config.get("frame_interval")
     if made_at is None:
         notes.append("The frame interval of the model's training is not recorded and taken as 1: say it with made_at=.")
@@ -194,24 +202,35 @@ def _real_side(
         if not config.force:
             raise UserError(f"Real and generated clips differ: {found}. Make them alike, or pass force=true.")
         notes.append(f"Forced although real and generated clips differ: {found}.")
+    return detector, side
+
+
+def _gather_real(config: CompareConfig, detector: "Detector | None", side: "Side | None") -> "FeatureStatistics | None":
+    """Statistics of the real clips, if there are any."""
+    if side is None:
+        return None
+    from .gathering import Gathering, gather_cached
+
     how = Gathering([detector], batch_size=config.batch_size, max_bad_share=config.real.max_bad_share)
-    return detector, gather_cached(side, how, "real clips", Path(config.cache_dir), print)["i3d"]
+    return gather_cached(side, how, "real clips", Path(config.cache_dir), print)["i3d"]
 
 
-def _contenders(config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sample: Any) -> tuple[list, list[str]]:
-    """All settings but the fewer steps, and notes on those that cannot be had."""
+def _contenders(
+    config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sample: Any, notes: list[str]
+) -> list["Contender"]:
+    """All settings but the fewer steps; those that cannot be had are noted."""
     from ..cache import SkipCacheConfig
     from .compare_measure import Contender, attached
     from .peers import parse_peer, peer_config
 
-    contenders, notes = [], []
+    contenders = []
     model = pipelines["skip"]
     contenders.append(Contender("no cache", "no cache", "skip", model, config.steps))
     for word in config.caches:
         cache = SkipCacheConfig.parse(word)
         contenders.append(Contender(f"Skip-Cache {cache}", "Skip-Cache", "skip", model, config.steps, cache))
     if "vanilla" not in pipelines:
-        return contenders, notes
+        return contenders
     twin = pipelines["vanilla"]
     contenders.append(Contender("vanilla, no cache", "no cache", "vanilla", twin, config.steps))
     for word in config.peers:
@@ -225,7 +244,7 @@ def _contenders(config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sam
             notes.append(f"{word} cannot be attached: {error}")
             continue
         contenders.append(contender)
-    return contenders, notes
+    return contenders
 
 
 def _pilot(contenders: list["Contender"], sample: Any, batch: list[int]) -> tuple[list[float], list[float]]:

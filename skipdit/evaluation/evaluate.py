@@ -71,6 +71,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: Something is missing, the sides do not fit together, or too many clips cannot be read.
     """
+    from .fidelity import check_networks
     from .gathering import gather, gather_cached
     from .opening import open_sides
 
@@ -80,6 +81,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         protocol = dict(PROTOCOLS[name])
         stride = protocol.pop("stride")
         config = replace(config, protocol=None, **protocol)
+    check_networks(config.metrics)
     how = _gathering(config)
     check_writable(config.cache_dir)
     real, generated, warnings = open_sides(config, stride)
