@@ -9,9 +9,7 @@ from skipdit.schedulers import make_scheduler
 NAMES = ["zero", "one", "two"]
 
 
-def tiny_pipeline(
-    kind: str = "video", num_classes: int | None = 3, skip: str | None = "linear", num_frames: int = 4
-):
+def tiny_pipeline(kind: str = "video", num_classes: int | None = 3, skip: str | None = "linear", num_frames: int = 4):
     """Clips of a few frames of 16x16 pixels (or such pictures); every weight random, so that all matter."""
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "hidden_size": 16, "num_heads": 2, "num_classes": num_classes, "skip": skip}
