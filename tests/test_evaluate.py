@@ -20,6 +20,7 @@ from skipdit.data import ClipDataset
 from skipdit.errors import UserError
 from skipdit.evaluation.arrays import read_clips
 from skipdit.evaluation.evaluate import EvaluateConfig, evaluate
+from skipdit.evaluation.evaluate_config import SideConfig
 from skipdit.evaluation.gathering import pick_frames
 from skipdit.evaluation.identity import describe_difference
 from skipdit.evaluation.sides import ArraySide, FileSide, Frames, settings_of
@@ -423,6 +424,13 @@ def test_mistakes_get_a_sentence(words, says, capsys, tmp_path):
     error = capsys.readouterr().err
     assert error.startswith("skipdit: ") and error.count("\n") == 1
     assert re.search(says, error), error
+
+
+def test_metrics_of_pairs_and_of_sets_are_refused_by_the_config_itself():
+    sides = {name: SideConfig(path="digits") for name in ("real", "generated")}
+    assert EvaluateConfig(**sides, metrics=["psnr", "ssim"]).paired
+    with pytest.raises(ValueError, match="fvd compares sets in random order.*two runs"):
+        EvaluateConfig(**sides, metrics=["fvd", "psnr"])
 
 
 # ---------------------------------------------------------------------- with the real network

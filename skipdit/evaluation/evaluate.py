@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, and say where it is."""
     config = load_config(EvaluateConfig, args.config, args.settings)
-    config.check_choice()
     folder = check_writable(config.output)
     report = evaluate(config)
     table = to_markdown(report)
@@ -75,7 +74,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from .gathering import gather, gather_cached
     from .opening import open_sides
 
-    config.check_choice()
     stride, name = 1, config.protocol
     if name is not None:
         protocol = dict(PROTOCOLS[name])
