@@ -289,9 +289,13 @@ def test_checkpoints_of_two_runs_do_not_mix(trainer, tmp_path):
 
 
 def test_one_run_at_a_time_writes_to_an_output(trainer, tmp_path):
-    run = trainer("out", "max_steps=2")
+    run = trainer("out", "max_steps=2", "tracker=tensorboard")
+    (tmp_path / "out" / "train.yaml").write_text("of the call that is running")
+    before = sorted(tmp_path.rglob("*"))
     with only_call("train", tmp_path / "out"), pytest.raises(UserError, match="Another skipdit train"):
         run.fit()
+    assert (tmp_path / "out" / "train.yaml").read_text() == "of the call that is running"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_average_may_have_its_decay_from_the_start(trainer):

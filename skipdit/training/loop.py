@@ -141,19 +141,28 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
-        """Train from the current step to `max_steps`, or to the first SIGTERM or SIGINT."""
+        """Train from the current step to `max_steps`, or to the first SIGTERM or SIGINT.
+
+        Raises:
+            UserError: Another call is writing to the output, which stays as it is; or the training cannot go on.
+        """
+        stop = self.config.max_steps
+        with only_call("train", self.output) if self.is_main else contextlib.nullcontext():
+            if self.step < stop:
+                folder = self._train()
+            else:
+                self.say(f"Step {self.step} of {stop}: nothing left to train.")
+            if self.step >= stop:
+                return self._finish()
+        self.say(f"Stopped after step {self.step}; saved {folder}.")
+        self.say("Continue with the same command and resume=latest.")
+
+    def _train(self) -> Path:
+        """All steps that are left, unless it is asked to stop; returns the last checkpoint."""
         cfg = self.config
-        if self.step >= cfg.max_steps:
-            self.say(f"Step {self.step} of {cfg.max_steps}: nothing left to train.")
-            return self._finish()
         if self.is_main:
             save_config(cfg, self.output / "train.yaml")
-        if cfg.tracker:
-            settings = checkpointing.flat(dataclasses.asdict(cfg))
-            scalars = {
-                key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()
-            }
-            self.accelerator.init_trackers("skipdit", config=scalars)
+        self._start_tracker()
         dataset = self._training_set()
         order = GlobalOrder(
             len(dataset),
@@ -172,20 +181,21 @@ class Trainer:
         progress = Progress(
             self.output, self.step, cfg.max_steps, cfg.batch_size, self.is_main, self.say, self.accelerator.log
         )
-        lock = only_call("train", self.output) if self.is_main else contextlib.nullcontext()
-        with lock, self.stop, _attention_backend(self.accelerator.device), progress:
+        with self.stop, _attention_backend(self.accelerator.device), progress:
             while self.step < cfg.max_steps and not self.stopping:
                 progress.add(self._step(batches, order))
                 if self.step % cfg.log_every == 0 or self.step == cfg.max_steps:
                     progress.log(self.step, self._status(progress.clips_per_second))
                 self._at_intervals(progress)
                 progress.resume_clock()
-            folder = self._save()
-        if self.step < cfg.max_steps:
-            self.say(f"Stopped after step {self.step}; saved {folder}.")
-            self.say("Continue with the same command and resume=latest.")
-        else:
-            self._finish()
+            return self._save()
+
+    def _start_tracker(self) -> None:
+        if not self.config.tracker:
+            return
+        settings = checkpointing.flat(dataclasses.asdict(self.config))
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        self.accelerator.init_trackers("skipdit", config=plain)
 
     def _at_intervals(self, progress: Progress) -> None:
         cfg, step = self.config, self.step
