@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sample clips or pictures from a model, with or without Skip-Cache",
     ),
     "demo": ("skipdit.demo", "sample the carried digits pipeline at several speeds and compare"),
-    "train": ("skipdit.training.loop", "train a model from a config (the same as train.py)"),
+    "train": ("skipdit.training.command", "train a model from a config (the same as train.py)"),
     "encode": ("skipdit.training.encoding", "write the latents of a data set ahead, for faster training"),
     "train-vae": ("skipdit.training.autoencoder", "train the small autoencoder of the digits pipeline"),
     "bench": ("skipdit.evaluation.bench", "measure full and reused steps and the speed-up by interval"),

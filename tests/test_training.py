@@ -624,7 +624,7 @@ def test_what_is_logged(trainer, tmp_path):
     assert 0 < told[1]["feature_similarity"] <= 1
     entries = log_of(tmp_path / "logged")
     assert sum(entries[0]["mse_by_timestep"].values()) > 0
-    assert entries[0]["mfu"] == pytest.approx(entries[0]["tflops"] * 1e12 / run.matrix_rate)
+    assert entries[0]["mfu"] == pytest.approx(entries[0]["tflops"] * 1e12 / run.speed.matrix_rate)
     assert entries[0]["tflops"] * 1e12 == pytest.approx(
         3 * count_operations(run.module, (1, 4, 4, 8, 8)).total * entries[0]["clips_per_second"]
     )
