@@ -16,14 +16,15 @@ from tiny_pipelines import tiny_pipeline
 
 from skipdit.cli import main
 from skipdit.config import load_config
-from skipdit.data import ClipDataset
+from skipdit.data import ClipDataset, MovingDigits
 from skipdit.errors import UserError
 from skipdit.evaluation.arrays import read_clips
 from skipdit.evaluation.evaluate import EvaluateConfig, evaluate
 from skipdit.evaluation.evaluate_config import SideConfig
-from skipdit.evaluation.gathering import pick_frames
+from skipdit.evaluation.gathering import Gathering, gather_cached, pick_frames
 from skipdit.evaluation.identity import describe_difference
-from skipdit.evaluation.sides import ArraySide, FileSide, Frames, settings_of
+from skipdit.evaluation.networks import load_detector
+from skipdit.evaluation.sides import ArraySide, DigitsSide, FileSide, Frames, settings_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the stand-in network is TorchScript
 
@@ -344,6 +345,27 @@ def test_a_share_is_kept_to_when_statistics_are_found_again(detector, tmp_path):
         evaluate(settings(detector, tmp_path, *words))
 
 
+def test_clips_left_out_are_named_once_however_often_statistics_are_asked_for(detector, tmp_path):
+    """As FVD does while a run trains."""
+    for name in "abc":
+        write_video(tmp_path / "v" / f"{name}.mp4", 12)
+    a_side = side(tmp_path / "v", 3)
+    (tmp_path / "v" / "b.mp4").write_bytes(b"broken after the index was made")
+    how = Gathering([load_detector("i3d", detector)], max_bad_share=0.5)
+    for _ in range(3):
+        found = gather_cached(a_side, how, "real clips", tmp_path / "cache", lambda line: None)
+        assert found["i3d"].moments.count == 2
+        assert [name for name, _ in a_side.skipped] == [str(tmp_path / "v" / "b.mp4")]
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"digit_size": 12}, {"speed": (0, 1)}, {"split": "test"}])
+def test_digits_of_other_settings_are_another_set(changed):
+    plain, other = DigitsSide(MovingDigits(length=5), 2), DigitsSide(MovingDigits(length=5, **changed), 2)
+    assert len(plain) == 2 and plain.identity == DigitsSide(MovingDigits(length=2)).identity
+    assert other.identity != plain.identity
+    assert not torch.equal(*(torch.cat(list(each.batches(2, 0))) for each in (plain, other)))
+
+
 def test_pairs_however_each_side_is_cut(tmp_path):
     clips = np.random.default_rng(0).integers(0, 200, (8, 5, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "one.npz", arr_0=clips)
@@ -414,6 +436,7 @@ def test_the_command_writes_a_table_and_figures(detector, clips, tmp_path, capsy
         (["real.path=a", "generated.path=b", "clips=1"], "clips=1 must be 2 or more"),
         (["real.path=a", "generated.path=nowhere", "metrics=[psnr]"], "nowhere is not there"),
         (["real.path=a", "generated.path=b", "i3d=missing.pt"], "missing.pt"),
+        (["real.path=digits", "real.split=all", "generated.path=digits", "metrics=[psnr]"], "split must be 'train'"),
         (["real.path=a", "generated.path=b", "dtype=fp64"], "dtype=fp64 must be fp32 or bf16"),
         (["real.path=a", "generated.path=b", "protocol=fvd2048_16f", "clips=4"], "leave these out"),
         (["real.path=a", "generated.path=b", "real.frame_interval=0"], "frame_interval=0 must be 1 or more"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..config import load_config
-from ..data import ClipDataset, ImageDataset
+from ..data import ClipDataset, ImageDataset, MovingDigits
 from ..data.decoding import IMAGE_SUFFIXES, frame_files, open_source
 from ..data.files import find_clips, find_images
 from ..errors import UnreadableError, UserError
@@ -102,8 +102,7 @@ def open_side(
     frames = Frames(num_frames, side.frame_interval, stride, side.made_at or 1)
     if side.path == "digits":
         _takes_no_interval(side, "digits have none")
-        count = num_frames or DEFAULT_FRAMES
-        return DigitsSide(config.clips, count, size or (DIGITS_SIZE, DIGITS_SIZE), config.seed, side.split or "train")
+        return DigitsSide(_make_digits(side, config, num_frames or DEFAULT_FRAMES, size or (DIGITS_SIZE, DIGITS_SIZE)))
     path = Path(side.path)
     if not path.exists():
         raise UserError(f"{path} is not there: pass a folder or a file of clips.")
@@ -124,6 +123,13 @@ def open_side(
     if one_size:
         opened.native = _one_size([data.entries[index].path for index, _ in opened.draws])
     return opened
+
+
+def _make_digits(side: SideConfig, config: EvaluateConfig, num_frames: int, size: tuple[int, int]) -> MovingDigits:
+    try:
+        return MovingDigits(num_frames, size, config.clips, config.seed, side.split or "train")
+    except ValueError as error:
+        raise UserError(f"digits: {error}") from error
 
 
 def _takes_no_interval(side: SideConfig, why: str) -> None:
