@@ -28,27 +28,7 @@ def settings(*words: str) -> TrainConfig:
     return load_config(TrainConfig, None, words)
 
 
-def leaves(section, prefix=""):
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
-
-
 # ---------------------------------------------------------------------- settings
-
-
-@pytest.mark.parametrize("key", list(leaves(TrainConfig())))
-def test_every_setting_is_read(key):
-    own = [ROOT / "skipdit" / "training" / f"{name}.py" for name in ("config", "autoencoder")]
-    readers = [path for path in (ROOT / "skipdit" / "training").glob("*.py") if path not in own]
-    readers.append(ROOT / "skipdit" / "diffusion.py")
-    text = "\n".join(path.read_text() for path in readers) + "\n".join(
-        re.findall(r"def passes.*?(?=\n    @|\n\n\n)|def folder.*?(?=\n\n\n)", own[0].read_text(), flags=re.S)
-    )
-    assert re.search(rf"\.{key.rsplit('.', 1)[-1]}\b", text), f"nothing reads {key}"
 
 
 def test_the_shipped_config_fits_its_parts():

@@ -188,6 +188,7 @@ def _open_real(
         generated=SideConfig(path=config.model),
         clips=config.real_clips,
         seed=config.seed,
+        device=config.device,
         cache_dir=config.cache_dir,
     )
     check_writable(config.cache_dir)

@@ -83,7 +83,7 @@ class Trainer:
         model = build_model(config.model)
         self.loaded = set(saved["loaded"]) if saved else load_initial(model, config.init)
         check_fit(model, self.vae, self.dataset, self.class_names, config.data, config.vae)
-        self.preview_classes = samples.check_preview(config.preview, model, self.class_names)
+        self.preview_classes = samples.preview_classes(config.preview, model, self.class_names)
         self.fvd = FvdMeter(config.fvd, config.data, self.output, self.accelerator) if config.fvd.every else None
 
         self.step, self.dropped, self.dropped_in_a_row = 0, 0, 0
