@@ -161,6 +161,12 @@ def test_weights_that_do_not_fit(vanilla, tmp_path, words, message):
         initial(tmp_path / "vanilla", *words)
 
 
+def test_a_learning_rate_of_loaded_weights_needs_weights():
+    config = settings(TINY % "residual", "init.lr_scale=0.1")
+    with pytest.raises(UserError, match="init.lr_scale=0.1 is for loaded weights: set init.from, or leave it out."):
+        load_initial(build_model(config.model), config.init)
+
+
 def test_weights_with_skips_do_not_fit_a_vanilla_model(tmp_path):
     build_model(settings(TINY % "linear").model).save_pretrained(tmp_path / "skips")
     with pytest.raises(UserError, match="has long skips: set model.arguments.skip=linear"):

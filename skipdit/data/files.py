@@ -103,7 +103,7 @@ def _leads_out(name: str) -> bool:
 
 
 def check_rejected(rejected: Sequence[tuple[Path, str]], damaged: int, total: int, max_bad_share: float) -> None:
-    """Name the files that are left out, once.
+    """Name the files that are left out, once, and say how many they are.
 
     Args:
         rejected: All of them, with the reason.
@@ -121,6 +121,8 @@ def check_rejected(rejected: Sequence[tuple[Path, str]], damaged: int, total: in
         raise UserError(f"{len(rejected)} of {total} clips cannot be used{limit} ({listed}{more}).")
     for path, reason in rejected:
         log.warning("%s is left out: %s", path, reason)
+    if rejected:
+        log.warning("%d of %d clips are left out.", len(rejected), total)
 
 
 def _some(names: Sequence[str], shown: int = 3) -> str:
