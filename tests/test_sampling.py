@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import NAMES, tiny_pipeline
+from tiny_pipelines import NAMES, save_pipelines, tiny_pipeline
 
 from skipdit import SkipCacheConfig, make_scheduler
 from skipdit.cli import main
@@ -27,17 +27,7 @@ SETS = ("ucf101", "taichi", "sky", "ffs", "imagenet")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Saved pipelines: clips and pictures of three classes, unconditional clips, a vanilla model."""
-    root = tmp_path_factory.mktemp("pipelines")
-    kinds = {
-        "video": tiny_pipeline(),
-        "image": tiny_pipeline("image"),
-        "unconditional": tiny_pipeline(num_classes=None),
-        "vanilla": tiny_pipeline(skip=None),
-    }
-    for name, pipeline in kinds.items():
-        pipeline.save_pretrained(root / name)
-    return {name: root / name for name in kinds}
+    return save_pipelines(tmp_path_factory.mktemp("pipelines"))
 
 
 def settings(folder: Path, output: Path, **changes) -> SampleConfig:
