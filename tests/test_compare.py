@@ -178,6 +178,25 @@ def test_the_command_writes_all_forms(folders, tmp_path, capsys):
     assert {"compare.png", "strip.png", "settings.yaml"} <= {path.name for path in out.iterdir()}
 
 
+@pytest.mark.parametrize("at", [1, 4, 9])  # calibration of MagCache, pilot, measurement
+def test_after_ctrl_c_nothing_is_left_and_the_same_command_completes(folders, tmp_path, monkeypatch, at):
+    out, calls, whole = tmp_path / "out", [], SkipLattePipeline.__call__
+
+    def sample(self, *args, **settings):
+        calls.append(settings)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return whole(self, *args, **settings)
+
+    monkeypatch.setattr(SkipLattePipeline, "__call__", sample)
+    words = [f"model={folders}/skip", f"twin={folders}/vanilla", "peers=[magcache:0.5]", "caches=[N2]", "clips=2"]
+    words += ["steps=3", "equal_time=false", f"output={out}"]
+    assert main(["compare", *words]) == 130
+    assert list(out.iterdir()) == []
+    assert main(["compare", *words]) == 0
+    assert {"compare.md", "compare.csv", "settings.yaml"} <= {path.name for path in out.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -185,6 +204,10 @@ def test_the_command_writes_all_forms(folders, tmp_path, capsys):
         (["model={vanilla}"], "has no long skips, which model= needs"),
         (["caches=[X3]"], "X3.*not spelled"),
         (["sampler=foo"], "foo"),
+        (["guidance_scale=nan"], "guidance_scale=nan must be finite"),
+        (["guidance_scale=-1"], "guidance_scale=-1"),
+        (["device=cuda:99"], "device=cuda:99 is not available"),
+        (["dtype=fp16", "device=cpu"], "dtype=fp16 is many times slower"),
         (["twin={vanilla}", "peers=[fb:0.1]"], "No rival cache 'fb'.*fbcache"),
         (["twin={vanilla}", "peers=[pab]"], "not spelled <name>:<number>"),
         (["twin={vanilla}", "peers=[pab:1.5]"], "whole number from 2"),

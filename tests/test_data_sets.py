@@ -200,7 +200,7 @@ def test_all_bad_is_too_bad_whatever_the_share(ucf):
         ({"root": "nowhere"}, "nowhere is not a folder: set data.arguments.root"),
         ({"root": "hollow"}, "hollow holds neither video files nor folders of frames"),
         ({"root": "flat"}, "lies in no class folder of .*classes=none"),
-        ({"split": "no.txt"}, "no.txt is not there: set data.arguments.split"),
+        ({"split": "no.txt"}, "no.txt is not there: split must name a list"),
         ({"split": "blank.txt"}, "blank.txt is empty"),
         ({"split": "binary.txt"}, "binary.txt is no text"),
         ({"split": "out.txt"}, r"names 1 of 1 files that are not below .*\(\.\./flat/a.avi\)"),

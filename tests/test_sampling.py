@@ -236,6 +236,8 @@ def mistake(config: SampleConfig) -> str:
         ("video", {"dtype": "fp8"}, "No dtype 'fp8'"),
         ("video", {"dtype": "fp16", "device": "cpu"}, "dtype=fp16 is many times slower"),
         ("video", {"device": "gpu"}, "No device 'gpu'"),
+        ("video", {"device": "cpu:7"}, "No device 'cpu:7'"),
+        ("video", {"device": "cuda:"}, "No device 'cuda:'"),
         ("video", {"guidance_channels": 5}, "the latents have 4 channels"),
         ("image", {"format": ["mp4"]}, "format=mp4 is for clips"),
         ("video", {"vae": "elsewhere"}, "vae is for presets"),
@@ -287,6 +289,9 @@ def test_damaged_pipeline_folders(folders, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read as a pipeline"):
         generate(settings(tmp_path / "cut", tmp_path / "out"))
+    for name in ("transformer/config.json", "model_index.json"):
+        (tmp_path / "cut" / name).write_text("[]")
+        assert f"{name} cannot be read (it holds a list" in mistake(settings(tmp_path / "cut", tmp_path / "none"))
 
 
 def test_absent_cuda_is_told(monkeypatch):

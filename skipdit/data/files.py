@@ -76,7 +76,7 @@ def read_list(path: Path, root: Path) -> list[Path]:
         UserError: The list is not there or empty, or names files that are not.
     """
     if not path.is_file():
-        raise UserError(f"{path} is not there: set data.arguments.split to a list of files, or to null for all.")
+        raise UserError(f"{path} is not there: split must name a list of files, or be null for all.")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -88,7 +88,7 @@ def read_list(path: Path, root: Path) -> list[Path]:
     if missing:
         raise UserError(
             f"{path} names {len(missing)} of {len(names)} files that are not below {root} ({_some(missing)}): check "
-            "data.arguments.root, or remove them from the list."
+            "the folder of the data, or remove them from the list."
         )
     return [root / name for name in names]
 

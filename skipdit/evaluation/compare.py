@@ -106,7 +106,7 @@ def _check_words(config: CompareConfig) -> None:
 
 def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline":
     from ..sampling.config import SampleConfig
-    from ..sampling.loading import choose_device, find_model
+    from ..sampling.loading import check_dtype, choose_device, find_model
     from ..schedulers import make_scheduler
 
     if config.sampler is not None:
@@ -120,7 +120,11 @@ def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline
     if bool(source.model.config.skip) != with_skips:
         wanted = "has no long skips, which model= needs" if with_skips else "has long skips, which twin= must not have"
         raise UserError(f"{folder} {wanted}.")
-    pipeline = source.load(choose_device(config.device), config.dtype, config.sampler)
+    if source.num_classes is None and (config.guidance_scale or 1) > 1:
+        raise UserError(f"guidance_scale={config.guidance_scale:g}: {folder} is unconditional; leave it out.")
+    device = choose_device(config.device)
+    check_dtype(config.dtype, device)
+    pipeline = source.load(device, config.dtype, config.sampler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

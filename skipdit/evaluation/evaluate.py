@@ -84,6 +84,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_writable(config.cache_dir)
     real, generated, warnings = open_sides(config, stride)
     _check_enough(config, real, generated)
+    for detector in how.detectors:
+        detector.check_frames(real.settings["num_frames"])
     values: dict[str, float] = {}
     floors: dict[str, float] = {}
     if config.paired:
@@ -125,7 +127,8 @@ def _check_enough(config: EvaluateConfig, real: "Side", generated: "Side") -> No
     for name, side in (("real", real), ("generated", generated)):
         least = max(LEAST.get(metric, 1) for metric in config.metrics)
         if len(side) < least:
-            raise UserError(f"The {name} side has {len(side)} clips: {', '.join(config.metrics)} need {least} or more.")
+            wanted = f"{', '.join(config.metrics)} can be had of {least} or more"
+            raise UserError(f"The {name} side has too few clips, {len(side)}: {wanted}.")
     if "temporal" in config.metrics and generated.settings["num_frames"] < 2:
         raise UserError("temporal compares neighbouring frames: leave it out for pictures.")
 
