@@ -13,10 +13,11 @@ from skipdit.cache import SkipCacheConfig
 from skipdit.cli import main
 from skipdit.config import load_config
 from skipdit.errors import UserError
-from skipdit.evaluation.compare import CompareConfig, _fewer_steps, compare
-from skipdit.evaluation.compare_measure import Contender, count_flops
-from skipdit.evaluation.compare_report import to_markdown
-from skipdit.evaluation.peers import magnitude_ratios, parse_peer
+from skipdit.evaluation.compare import CompareConfig, compare
+from skipdit.evaluation.compare.command import _fewer_steps
+from skipdit.evaluation.compare.measure import Contender, count_flops
+from skipdit.evaluation.compare.peers import magnitude_ratios, parse_peer
+from skipdit.evaluation.compare.report import to_markdown
 from skipdit.operations import count_operations
 from skipdit.pipelines import SkipLattePipeline
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from config_reads import Reader
 
-from skipdit.evaluation.compare_config import CompareConfig
+from skipdit.evaluation.compare import CompareConfig
 from skipdit.evaluation.evaluate_config import EvaluateConfig, SideConfig
 from skipdit.sampling.config import SampleConfig
 from skipdit.training.autoencoder import AutoencoderConfig

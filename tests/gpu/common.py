@@ -15,7 +15,7 @@ import torch
 
 from skipdit import create_model
 from skipdit.acceleration.graphs import record_on_cuda
-from skipdit.evaluation.bench_measure import timed
+from skipdit.evaluation.bench.measure import timed
 from skipdit.files import written_whole
 from skipdit.models import SkipBackbone
 from skipdit.models.layers import use_float8, use_kernels

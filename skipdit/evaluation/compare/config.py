@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from ..config import setting
-from .evaluate_config import SideConfig
+from ...config import setting
+from ..evaluate_config import SideConfig
 
 __all__ = ["CompareConfig"]
 

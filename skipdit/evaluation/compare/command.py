@@ -6,20 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import describe, load_config, save_config
-from ..errors import UserError
-from ..files import check_writable
-from .compare_config import CompareConfig
-from .evaluate_config import EvaluateConfig, SideConfig
+from ...config import describe, load_config, save_config
+from ...errors import UserError
+from ...files import check_writable
+from ..evaluate_config import EvaluateConfig, SideConfig
+from .config import CompareConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from ..pipelines import SkipPipeline
-    from .compare_measure import Contender
-    from .networks.detectors import Detector
-    from .sides import Side
-    from .statistics import FeatureStatistics
+    from ...pipelines import SkipPipeline
+    from ..networks.detectors import Detector
+    from ..sides import Side
+    from ..statistics import FeatureStatistics
+    from .measure import Contender
 
 __all__ = ["CompareConfig", "add_arguments", "compare", "run"]
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print the table, and say where it is."""
-    from .compare_report import to_markdown, write_report
+    from .report import to_markdown, write_report
 
     config = load_config(CompareConfig, args.config, args.settings)
     folder = check_writable(config.output)
@@ -58,8 +58,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from .compare_measure import count_flops, measure
-    from .fidelity import check_networks
+    from ..fidelity import check_networks
+    from .measure import count_flops, measure
 
     metrics = [*PAIRS, *(["lpips"] if config.lpips else [])]
     _check_words(config)
@@ -85,14 +85,14 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         found = measure(contenders, sample, decode, batches, detector, metrics, lambda *_: bar.update())
     for measured, count in zip(found, flops, strict=True):
         measured.flops = count
-    from .compare_report import make_report
+    from .report import make_report
 
     return make_report(config, contenders, found, real, notes, pipelines)
 
 
 def _check_words(config: CompareConfig) -> None:
     """Caches and peers, before anything is read."""
-    from ..cache import SkipCacheConfig
+    from ...cache import SkipCacheConfig
     from .peers import parse_peer
 
     try:
@@ -105,9 +105,9 @@ def _check_words(config: CompareConfig) -> None:
 
 
 def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline":
-    from ..sampling.config import SampleConfig
-    from ..sampling.loading import check_dtype, choose_device, find_model
-    from ..schedulers import make_scheduler
+    from ...sampling.config import SampleConfig
+    from ...sampling.loading import check_dtype, choose_device, find_model
+    from ...schedulers import make_scheduler
 
     if config.sampler is not None:
         try:
@@ -130,7 +130,7 @@ def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline
 
 
 def _check_twins(pipelines: dict[str, "SkipPipeline"]) -> None:
-    from ..data.latents import hash_weights
+    from ...data.latents import hash_weights
 
     one, other = (dict(pipeline.transformer.config) for pipeline in pipelines.values())
     for key in ("sample_size", "num_frames", "num_classes", "in_channels", "hidden_size", "depth", "patch_size"):
@@ -148,8 +148,8 @@ def _sampling(config: CompareConfig, pipelines: dict[str, "SkipPipeline"]) -> tu
     """The two functions that `measure` needs."""
     import torch
 
-    from ..sampling.streaming import sample_generators
-    from .sides import to_bytes
+    from ...sampling.streaming import sample_generators
+    from ..sides import to_bytes
 
     num_classes = pipelines["skip"].transformer.config.num_classes
     wishes = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
@@ -178,10 +178,10 @@ def _open_real(
     """The detector and the real clips, seen to fit, or None and None; what speaks against them is noted."""
     if not config.real.path:
         return None, None
-    from .identity import describe_difference
-    from .networks.detectors import load_detector
-    from .opening import open_side
-    from .sides import settings_of
+    from ..identity import describe_difference
+    from ..networks.detectors import load_detector
+    from ..opening import open_side
+    from ..sides import settings_of
 
     cfg = pipeline.transformer.config
     detector = load_detector("i3d", config.i3d, pipeline.device)
@@ -214,7 +214,7 @@ def _gather_real(config: CompareConfig, detector: "Detector | None", side: "Side
     """Statistics of the real clips, if there are any."""
     if side is None:
         return None
-    from .gathering import Gathering, gather_cached
+    from ..gathering import Gathering, gather_cached
 
     how = Gathering([detector], batch_size=config.batch_size, max_bad_share=config.real.max_bad_share)
     return gather_cached(side, how, "real clips", Path(config.cache_dir), print)["i3d"]
@@ -224,8 +224,8 @@ def _contenders(
     config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sample: Any, notes: list[str]
 ) -> list["Contender"]:
     """All settings but the fewer steps; those that cannot be had are noted."""
-    from ..cache import SkipCacheConfig
-    from .compare_measure import Contender, attached
+    from ...cache import SkipCacheConfig
+    from .measure import Contender, attached
     from .peers import parse_peer, peer_config
 
     contenders = []
@@ -254,7 +254,7 @@ def _contenders(
 
 def _pilot(contenders: list["Contender"], sample: Any, batch: list[int]) -> tuple[list[float], list[float]]:
     """Operations of each contender, and its seconds for one batch after a first call that warms up."""
-    from .compare_measure import attached, count_flops, timed
+    from .measure import attached, count_flops, timed
 
     flops = [count_flops(contender, sample) for contender in contenders]
     seconds = []
