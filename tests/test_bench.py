@@ -21,10 +21,10 @@ from skipdit import (
 )
 from skipdit.cli import main
 from skipdit.evaluation.bench import add_arguments
-from skipdit.evaluation.bench_breakdown import make_parts
-from skipdit.evaluation.bench_measure import Timing, plain_pipeline, time_in_turns
-from skipdit.evaluation.bench_plan import make_plan
-from skipdit.evaluation.bench_report import to_markdown
+from skipdit.evaluation.bench.breakdown import make_parts
+from skipdit.evaluation.bench.measure import Timing, plain_pipeline, time_in_turns
+from skipdit.evaluation.bench.plan import make_plan
+from skipdit.evaluation.bench.report import to_markdown
 from skipdit.operations import count_operations, speedup_bound
 
 SIZES = {"hidden_size": 48, "num_heads": 3, "sample_size": (8, 12), "num_classes": 3, "mlp_ratio": 2.5}
@@ -293,6 +293,11 @@ def planned(model: Path, output: Path, *words: str):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return make_plan(parser.parse_args(["--model", str(model), "--output", str(output), *FAST, *words]))
+
+
+def test_the_carried_pipeline_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert planned(Path("pretrained/digits"), tmp_path / "out").settings["depth"] == 16
 
 
 @pytest.mark.parametrize(("name", "words"), [("latte", []), ("dit", []), ("free", []), ("dit", ["--no-guidance"])])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from skipdit.cache import SkipCacheConfig
 from skipdit.cli import main
 from skipdit.config import load_config
 from skipdit.errors import UserError
-from skipdit.evaluation.compare import CompareConfig, _fewer_steps, compare
-from skipdit.evaluation.compare_measure import Contender, count_flops
-from skipdit.evaluation.compare_report import to_markdown
-from skipdit.evaluation.peers import magnitude_ratios, parse_peer
+from skipdit.evaluation.compare import CompareConfig, compare
+from skipdit.evaluation.compare.command import _fewer_steps
+from skipdit.evaluation.compare.measure import Contender, count_flops
+from skipdit.evaluation.compare.peers import magnitude_ratios, parse_peer
+from skipdit.evaluation.compare.report import to_markdown
 from skipdit.operations import count_operations
+from skipdit.pipelines import SkipLattePipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
@@ -109,6 +112,33 @@ def test_real_clips_of_another_interval_are_refused(tmp_path):
         compare(load_config(CompareConfig, None, words))
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["real.path=digits", "i3d=nowhere.ckpt"], "No weights at nowhere.ckpt"),
+        (["real.path=nowhere", "i3d={detector}"], "nowhere is not there"),
+        (["real.path=digits", "i3d={detector}"], "I3D needs clips of at least 9 frames, these have 4"),
+        (["lpips=true"], "lpips needs torchvision"),
+    ],
+)
+def test_nothing_is_sampled_before_all_is_seen_to_be_there(folders, tmp_path, monkeypatch, words, says):
+    """MagCache is calibrated on clips: that must wait for the real side."""
+    detector = write_detector(tmp_path / "detector.pt")
+    monkeypatch.setattr(SkipLattePipeline, "__call__", lambda *_, **__: pytest.fail("a clip was sampled"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    words = [f"twin={folders}/vanilla", "peers=[magcache:0.5]", *(word.format(detector=detector) for word in words)]
+    with pytest.raises(UserError, match=says):
+        compare(settings(folders, tmp_path, *words))
+
+
+def test_one_real_clip_has_no_distribution(tmp_path):
+    tiny_pipeline(num_frames=10).save_pretrained(tmp_path / "long")
+    torch.save(torch.zeros(1, 10, 16, 16, 3, dtype=torch.uint8), tmp_path / "real.pt")
+    words = [f"model={tmp_path}/long", f"real.path={tmp_path}/real.pt", f"i3d={write_detector(tmp_path / 'd.pt')}"]
+    with pytest.raises(UserError, match="holds 1 clip: FVD and KVD need 2 or more"):
+        compare(load_config(CompareConfig, None, [*words, f"cache_dir={tmp_path}/c"]))
+
+
 def test_samples_that_are_not_finite_stop_it(folders, tmp_path):
     pipeline = tiny_pipeline()
     torch.nn.init.constant_(pipeline.transformer.final_layer.linear.bias, float("nan"))
@@ -149,6 +179,25 @@ def test_the_command_writes_all_forms(folders, tmp_path, capsys):
     assert {"compare.png", "strip.png", "settings.yaml"} <= {path.name for path in out.iterdir()}
 
 
+@pytest.mark.parametrize("at", [1, 4, 9])  # calibration of MagCache, pilot, measurement
+def test_after_ctrl_c_nothing_is_left_and_the_same_command_completes(folders, tmp_path, monkeypatch, at):
+    out, calls, whole = tmp_path / "out", [], SkipLattePipeline.__call__
+
+    def sample(self, *args, **settings):
+        calls.append(settings)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return whole(self, *args, **settings)
+
+    monkeypatch.setattr(SkipLattePipeline, "__call__", sample)
+    words = [f"model={folders}/skip", f"twin={folders}/vanilla", "peers=[magcache:0.5]", "caches=[N2]", "clips=2"]
+    words += ["steps=3", "equal_time=false", f"output={out}"]
+    assert main(["compare", *words]) == 130
+    assert list(out.iterdir()) == []
+    assert main(["compare", *words]) == 0
+    assert {"compare.md", "compare.csv", "settings.yaml"} <= {path.name for path in out.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -156,6 +205,10 @@ def test_the_command_writes_all_forms(folders, tmp_path, capsys):
         (["model={vanilla}"], "has no long skips, which model= needs"),
         (["caches=[X3]"], "X3.*not spelled"),
         (["sampler=foo"], "foo"),
+        (["guidance_scale=nan"], "guidance_scale=nan must be finite"),
+        (["guidance_scale=-1"], "guidance_scale=-1"),
+        (["device=cuda:99"], "device=cuda:99 is not available"),
+        (["dtype=fp16", "device=cpu"], "dtype=fp16 is many times slower"),
         (["twin={vanilla}", "peers=[fb:0.1]"], "No rival cache 'fb'.*fbcache"),
         (["twin={vanilla}", "peers=[pab]"], "not spelled <name>:<number>"),
         (["twin={vanilla}", "peers=[pab:1.5]"], "whole number from 2"),

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import resource
 import signal
@@ -102,6 +103,17 @@ def written(words, tmp_path):
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
+
+
+def test_clips_too_short_for_an_item_are_named_and_counted(written, caplog):
+    with caplog.at_level(logging.WARNING, "skipdit.data"):
+        latents = LatentDataset(written(), num_frames=4, frame_interval=2)
+    ((path, reason),) = latents.rejected
+    assert reason == "too short, 3 of 8 frames"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} is left out: {reason}",
+        "1 of 5 clips are left out.",
+    ]
 
 
 def test_items_are_what_encoding_the_clip_gives(written, clips, vae_folder):

@@ -16,13 +16,15 @@ from tiny_pipelines import tiny_pipeline
 
 from skipdit.cli import main
 from skipdit.config import load_config
-from skipdit.data import ClipDataset
+from skipdit.data import ClipDataset, MovingDigits
 from skipdit.errors import UserError
 from skipdit.evaluation.arrays import read_clips
 from skipdit.evaluation.evaluate import EvaluateConfig, evaluate
-from skipdit.evaluation.gathering import pick_frames
+from skipdit.evaluation.evaluate_config import SideConfig
+from skipdit.evaluation.gathering import Gathering, gather_cached, pick_frames
 from skipdit.evaluation.identity import describe_difference
-from skipdit.evaluation.sides import ArraySide, FileSide, Frames, settings_of
+from skipdit.evaluation.networks import Detector, load_detector
+from skipdit.evaluation.sides import ArraySide, DigitsSide, FileSide, Frames, settings_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the stand-in network is TorchScript
 
@@ -124,6 +126,10 @@ def test_arrays_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "d.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
     with pytest.raises(UserError, match="d.npz cannot be read"):
         ArraySide([tmp_path / "d.npz"])
+    for suffix, reason in (("npy", "the magic string is not correct"), ("pt", "mmap can only be used")):
+        (tmp_path / f"junk.{suffix}").write_bytes(b"no array of numbers")
+        with pytest.raises(UserError, match=rf"junk.{suffix} cannot be read as an array of clips \({reason}"):
+            ArraySide([tmp_path / f"junk.{suffix}"])
 
 
 def test_frames_of_a_clip_are_evenly_spaced():
@@ -188,6 +194,12 @@ def test_a_set_against_itself(detector, clips, tmp_path):
     assert report["metrics"]["fvd"] == pytest.approx(0, abs=1e-6)
     assert report["metrics"]["kvd"] < 1e-6
     assert report["real"]["clips"] == 6 and any("too few for the 400" in warning for warning in report["warnings"])
+
+
+def test_clips_too_short_for_the_network_are_refused_before_any_is_read(detector, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(FileSide, "batches", lambda *_: pytest.fail("a clip was read"))
+    with pytest.raises(UserError, match="I3D needs clips of at least 9 frames, these have 8"):
+        evaluate(settings(detector, tmp_path, f"real.path={clips}", f"generated.path={clips}", "num_frames=8"))
 
 
 def test_the_distance_is_that_of_the_features(detector, tmp_path):
@@ -278,6 +290,25 @@ def test_a_set_of_samples_is_found_and_must_be_complete(detector, tmp_path):
         evaluate(settings(detector, tmp_path, *common, f"generated.path={tmp_path}/set"))
 
 
+def test_damaged_weights_of_a_pipeline_are_told_before_the_real_side_is_read(detector, tmp_path, monkeypatch):
+    tiny_pipeline(num_frames=10).save_pretrained(tmp_path / "pipeline")
+    weights = tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    monkeypatch.setattr(DigitsSide, "batches", lambda *_: pytest.fail("a clip was read"))
+    with pytest.raises(UserError, match="pipeline cannot be read as a pipeline"):
+        evaluate(settings(detector, tmp_path, "real.path=digits", f"generated.path={tmp_path}/pipeline"))
+
+
+@pytest.mark.parametrize("side", ["real", "generated"])
+@pytest.mark.parametrize("content", ['{"complete": tr', "[]"])
+def test_a_set_that_does_not_say_what_it_is_is_refused(detector, tmp_path, side, content):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/samples.json").write_text(content)
+    words = [f"{side}.path={tmp_path}/set", f"{'real' if side == 'generated' else 'generated'}.path=digits"]
+    with pytest.raises(UserError, match=r"samples.json cannot be read \("):
+        evaluate(settings(detector, tmp_path, *words))
+
+
 def test_the_interval_of_the_training_data_is_recorded_or_asked_for(detector, clips, tmp_path):
     pipeline = tiny_pipeline(num_frames=10)
     common = [f"real.path={clips}", "clips=2", "size=16", "real.max_bad_share=1"]
@@ -341,6 +372,27 @@ def test_a_share_is_kept_to_when_statistics_are_found_again(detector, tmp_path):
     assert report["real"]["clips"] == 3
     with pytest.raises(UserError, match="1 of 4 clips cannot be read"):
         evaluate(settings(detector, tmp_path, *words))
+
+
+def test_clips_left_out_are_named_once_however_often_statistics_are_asked_for(detector, tmp_path):
+    """As FVD does while a run trains."""
+    for name in "abc":
+        write_video(tmp_path / "v" / f"{name}.mp4", 12)
+    a_side = side(tmp_path / "v", 3)
+    (tmp_path / "v" / "b.mp4").write_bytes(b"broken after the index was made")
+    how = Gathering([load_detector("i3d", detector)], max_bad_share=0.5)
+    for _ in range(3):
+        found = gather_cached(a_side, how, "real clips", tmp_path / "cache", lambda line: None)
+        assert found["i3d"].moments.count == 2
+        assert [name for name, _ in a_side.skipped] == [str(tmp_path / "v" / "b.mp4")]
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"digit_size": 12}, {"speed": (0, 1)}, {"split": "test"}])
+def test_digits_of_other_settings_are_another_set(changed):
+    plain, other = DigitsSide(MovingDigits(length=5), 2), DigitsSide(MovingDigits(length=5, **changed), 2)
+    assert len(plain) == 2 and plain.identity == DigitsSide(MovingDigits(length=2)).identity
+    assert other.identity != plain.identity
+    assert not torch.equal(*(torch.cat(list(each.batches(2, 0))) for each in (plain, other)))
 
 
 def test_pairs_however_each_side_is_cut(tmp_path):
@@ -413,6 +465,7 @@ def test_the_command_writes_a_table_and_figures(detector, clips, tmp_path, capsy
         (["real.path=a", "generated.path=b", "clips=1"], "clips=1 must be 2 or more"),
         (["real.path=a", "generated.path=nowhere", "metrics=[psnr]"], "nowhere is not there"),
         (["real.path=a", "generated.path=b", "i3d=missing.pt"], "missing.pt"),
+        (["real.path=digits", "real.split=all", "generated.path=digits", "metrics=[psnr]"], "split must be 'train'"),
         (["real.path=a", "generated.path=b", "dtype=fp64"], "dtype=fp64 must be fp32 or bf16"),
         (["real.path=a", "generated.path=b", "protocol=fvd2048_16f", "clips=4"], "leave these out"),
         (["real.path=a", "generated.path=b", "real.frame_interval=0"], "frame_interval=0 must be 1 or more"),
@@ -423,6 +476,34 @@ def test_mistakes_get_a_sentence(words, says, capsys, tmp_path):
     error = capsys.readouterr().err
     assert error.startswith("skipdit: ") and error.count("\n") == 1
     assert re.search(says, error), error
+
+
+def test_metrics_of_pairs_and_of_sets_are_refused_by_the_config_itself():
+    sides = {name: SideConfig(path="digits") for name in ("real", "generated")}
+    assert EvaluateConfig(**sides, metrics=["psnr", "ssim"]).paired
+    with pytest.raises(ValueError, match="fvd compares sets in random order.*two runs"):
+        EvaluateConfig(**sides, metrics=["fvd", "psnr"])
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])  # of 6 batches: twice within the real side, once within the generated one
+def test_after_ctrl_c_nothing_is_half_written_and_it_completes(detector, clips, tmp_path, monkeypatch, at):
+    out = tmp_path / "out"
+    sides = [f"real.path={clips}", f"generated.path={clips}", "clips=6", "num_workers=0", "num_frames=12"]
+    words = [*sides, f"i3d={detector}", "batch_size=2", "metrics=[fvd]", f"output={out}", f"cache_dir={out}/cache"]
+    seen, whole = [], Detector.features
+
+    def features(self, batch):
+        seen.append(len(batch))
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        return whole(self, batch)
+
+    monkeypatch.setattr(Detector, "features", features)
+    assert main(["evaluate", *words]) == 130
+    left = sorted(path.suffix for path in out.rglob("*") if path.is_file())
+    assert left == ([".json"] if at <= 3 else [".json", ".safetensors"])  # the frame counts; the real side's statistics
+    assert main(["evaluate", *words]) == 0
+    assert {"evaluation.md", "evaluation.json", "settings.yaml"} <= {path.name for path in out.iterdir()}
 
 
 # ---------------------------------------------------------------------- with the real network

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import NAMES, tiny_pipeline
+from tiny_pipelines import NAMES, save_pipelines
 
 from skipdit import SkipLattePipeline
 from skipdit.data import ClipDataset, ImageDataset
@@ -41,16 +41,7 @@ TOTAL = 11
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Saved pipelines: clips and pictures of three classes, unconditional clips."""
-    root = tmp_path_factory.mktemp("pipelines")
-    kinds = {
-        "video": tiny_pipeline(),
-        "image": tiny_pipeline("image"),
-        "unconditional": tiny_pipeline(num_classes=None),
-    }
-    for name, pipeline in kinds.items():
-        pipeline.save_pretrained(root / name)
-    return {name: root / name for name in kinds}
+    return save_pipelines(tmp_path_factory.mktemp("pipelines"))
 
 
 def settings(model: Path, output: Path, **changes) -> SampleConfig:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import NAMES, tiny_pipeline
+from tiny_pipelines import NAMES, save_pipelines, tiny_pipeline
 
 from skipdit import SkipCacheConfig, make_scheduler
 from skipdit.cli import main
@@ -27,17 +27,7 @@ SETS = ("ucf101", "taichi", "sky", "ffs", "imagenet")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Saved pipelines: clips and pictures of three classes, unconditional clips, a vanilla model."""
-    root = tmp_path_factory.mktemp("pipelines")
-    kinds = {
-        "video": tiny_pipeline(),
-        "image": tiny_pipeline("image"),
-        "unconditional": tiny_pipeline(num_classes=None),
-        "vanilla": tiny_pipeline(skip=None),
-    }
-    for name, pipeline in kinds.items():
-        pipeline.save_pretrained(root / name)
-    return {name: root / name for name in kinds}
+    return save_pipelines(tmp_path_factory.mktemp("pipelines"))
 
 
 def settings(folder: Path, output: Path, **changes) -> SampleConfig:
@@ -246,6 +236,8 @@ def mistake(config: SampleConfig) -> str:
         ("video", {"dtype": "fp8"}, "No dtype 'fp8'"),
         ("video", {"dtype": "fp16", "device": "cpu"}, "dtype=fp16 is many times slower"),
         ("video", {"device": "gpu"}, "No device 'gpu'"),
+        ("video", {"device": "cpu:7"}, "No device 'cpu:7'"),
+        ("video", {"device": "cuda:"}, "No device 'cuda:'"),
         ("video", {"guidance_channels": 5}, "the latents have 4 channels"),
         ("image", {"format": ["mp4"]}, "format=mp4 is for clips"),
         ("video", {"vae": "elsewhere"}, "vae is for presets"),
@@ -297,6 +289,9 @@ def test_damaged_pipeline_folders(folders, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read as a pipeline"):
         generate(settings(tmp_path / "cut", tmp_path / "out"))
+    for name in ("transformer/config.json", "model_index.json"):
+        (tmp_path / "cut" / name).write_text("[]")
+        assert f"{name} cannot be read (it holds a list" in mistake(settings(tmp_path / "cut", tmp_path / "none"))
 
 
 def test_absent_cuda_is_told(monkeypatch):

@@ -23,10 +23,11 @@ from scripted_detector import write_detector
 from torch.utils.data import Dataset
 
 from skipdit.config import load_config
+from skipdit.data import MovingDigits
 from skipdit.errors import UnreadableError, UserError
 from skipdit.evaluation.metrics import frechet_distance
 from skipdit.evaluation.networks import load_detector
-from skipdit.evaluation.sides import DigitsSide
+from skipdit.evaluation.sides import to_bytes
 from skipdit.evaluation.statistics import Moments
 from skipdit.files import only_call
 from skipdit.operations import count_operations
@@ -289,9 +290,13 @@ def test_checkpoints_of_two_runs_do_not_mix(trainer, tmp_path):
 
 
 def test_one_run_at_a_time_writes_to_an_output(trainer, tmp_path):
-    run = trainer("out", "max_steps=2")
+    run = trainer("out", "max_steps=2", "tracker=tensorboard")
+    (tmp_path / "out" / "train.yaml").write_text("of the call that is running")
+    before = sorted(tmp_path.rglob("*"))
     with only_call("train", tmp_path / "out"), pytest.raises(UserError, match="Another skipdit train"):
         run.fit()
+    assert (tmp_path / "out" / "train.yaml").read_text() == "of the call that is running"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_average_may_have_its_decay_from_the_start(trainer):
@@ -620,7 +625,7 @@ def test_what_is_logged(trainer, tmp_path):
     assert 0 < told[1]["feature_similarity"] <= 1
     entries = log_of(tmp_path / "logged")
     assert sum(entries[0]["mse_by_timestep"].values()) > 0
-    assert entries[0]["mfu"] == pytest.approx(entries[0]["tflops"] * 1e12 / run.matrix_rate)
+    assert entries[0]["mfu"] == pytest.approx(entries[0]["tflops"] * 1e12 / run.speed.matrix_rate)
     assert entries[0]["tflops"] * 1e12 == pytest.approx(
         3 * count_operations(run.module, (1, 4, 4, 8, 8)).total * entries[0]["clips_per_second"]
     )
@@ -644,7 +649,8 @@ def test_exported_pipeline_has_the_average_and_samples(trainer, tmp_path):
 def test_fvd_is_measured_while_it_trains(trainer, tmp_path):
     detector = write_detector(tmp_path / "detector.pt")
     longer = "{sample_size: 8, patch_size: 2, hidden_size: 32, depth: 4, num_heads: 2, num_frames: 9, num_classes: 10}"
-    words = (f"model.arguments={longer}", "data.arguments={num_frames: 9, size: 16, length: 10}", "max_steps=4")
+    own = "num_frames: 9, size: 16, length: 7, seed: 3, digit_size: 6, speed: [2, 3], split: test"
+    words = (f"model.arguments={longer}", f"data.arguments={{{own}}}", "max_steps=4")
     fvd = ("fvd.every=2", "fvd.clips=6", "fvd.real_clips=8", "fvd.steps=2", f"fvd.i3d={detector}", "fvd.batch_size=4")
     trainer("out", *words, *fvd, "export_dtype=float32").fit()
     found = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
@@ -655,8 +661,9 @@ def test_fvd_is_measured_while_it_trains(trainer, tmp_path):
     assert pipeline.config.frame_interval is None  # digits have none
     real, generated = Moments.empty(400), Moments.empty(400)
     network = load_detector("i3d", detector)
-    for batch in DigitsSide(8, 9, (16, 16), seed=1).batches(4, 0):
-        real.update(network.features(batch))
+    trained_on = MovingDigits(9, 16, 7, seed=3, digit_size=6, speed=(2, 3), split="test")
+    for item in trained_on:
+        real.update(network.features(to_bytes(item["video"])[None]))
     noise = sample_generators(0, range(6))
     frames = pipeline(list(range(6)), 2, 1.0, noise, output_type="pt").frames
     generated.update(network.features((frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)))
@@ -668,8 +675,12 @@ def test_fvd_is_measured_while_it_trains(trainer, tmp_path):
 def test_fvd_that_cannot_be_had_is_refused(trainer, tmp_path):
     with pytest.raises(UserError, match="missing.pt"):
         trainer("out", "fvd.every=2", "fvd.i3d=missing.pt")
+    words = ["out", "fvd.every=2", f"fvd.i3d={write_detector(tmp_path / 'detector.pt')}"]
     with pytest.raises(UserError, match="clips of 9 frames, this run has 4"):
-        trainer("out", "fvd.every=2", f"fvd.i3d={write_detector(tmp_path / 'detector.pt')}")
+        trainer(*words)
+    arguments = "data.arguments={num_frames: 9, size: 16, length: 1}"
+    with pytest.raises(UserError, match="2 real clips or more, this run has 1"):
+        trainer(*words, "model.arguments.num_frames=9", arguments)
 
 
 def test_unconditional_training(trainer, tmp_path):

@@ -28,27 +28,7 @@ def settings(*words: str) -> TrainConfig:
     return load_config(TrainConfig, None, words)
 
 
-def leaves(section, prefix=""):
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
-
-
 # ---------------------------------------------------------------------- settings
-
-
-@pytest.mark.parametrize("key", list(leaves(TrainConfig())))
-def test_every_setting_is_read(key):
-    own = [ROOT / "skipdit" / "training" / f"{name}.py" for name in ("config", "autoencoder")]
-    readers = [path for path in (ROOT / "skipdit" / "training").glob("*.py") if path not in own]
-    readers.append(ROOT / "skipdit" / "diffusion.py")
-    text = "\n".join(path.read_text() for path in readers) + "\n".join(
-        re.findall(r"def passes.*?(?=\n    @|\n\n\n)|def folder.*?(?=\n\n\n)", own[0].read_text(), flags=re.S)
-    )
-    assert re.search(rf"\.{key.rsplit('.', 1)[-1]}\b", text), f"nothing reads {key}"
 
 
 def test_the_shipped_config_fits_its_parts():
@@ -179,6 +159,12 @@ def test_another_number_of_classes_keeps_its_own_label_table(vanilla, tmp_path):
 def test_weights_that_do_not_fit(vanilla, tmp_path, words, message):
     with pytest.raises(UserError, match=re.escape(message)):
         initial(tmp_path / "vanilla", *words)
+
+
+def test_a_learning_rate_of_loaded_weights_needs_weights():
+    config = settings(TINY % "residual", "init.lr_scale=0.1")
+    with pytest.raises(UserError, match="init.lr_scale=0.1 is for loaded weights: set init.from, or leave it out."):
+        load_initial(build_model(config.model), config.init)
 
 
 def test_weights_with_skips_do_not_fit_a_vanilla_model(tmp_path):

@@ -1,5 +1,7 @@
 """Pipelines of the real classes with random weights, small enough for a test of a second."""
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL
 
@@ -30,3 +32,16 @@ def tiny_pipeline(kind: str = "video", num_classes: int | None = 3, skip: str | 
     pipeline_class = SkipLattePipeline if kind == "video" else SkipDiTPipeline
     names = NAMES[:num_classes] if num_classes else None
     return pipeline_class(transformer.eval(), vae.eval(), make_scheduler("ddim"), names)
+
+
+def save_pipelines(root: Path) -> dict[str, Path]:
+    """Saved pipelines: clips and pictures of three classes, unconditional clips, a vanilla model."""
+    kinds = {
+        "video": tiny_pipeline(),
+        "image": tiny_pipeline("image"),
+        "unconditional": tiny_pipeline(num_classes=None),
+        "vanilla": tiny_pipeline(skip=None),
+    }
+    for name, pipeline in kinds.items():
+        pipeline.save_pretrained(root / name)
+    return {name: root / name for name in kinds}

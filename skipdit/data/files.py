@@ -76,7 +76,7 @@ def read_list(path: Path, root: Path) -> list[Path]:
         UserError: The list is not there or empty, or names files that are not.
     """
     if not path.is_file():
-        raise UserError(f"{path} is not there: set data.arguments.split to a list of files, or to null for all.")
+        raise UserError(f"{path} is not there: split must name a list of files, or be null for all.")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -88,7 +88,7 @@ def read_list(path: Path, root: Path) -> list[Path]:
     if missing:
         raise UserError(
             f"{path} names {len(missing)} of {len(names)} files that are not below {root} ({_some(missing)}): check "
-            "data.arguments.root, or remove them from the list."
+            "the folder of the data, or remove them from the list."
         )
     return [root / name for name in names]
 
@@ -103,7 +103,7 @@ def _leads_out(name: str) -> bool:
 
 
 def check_rejected(rejected: Sequence[tuple[Path, str]], damaged: int, total: int, max_bad_share: float) -> None:
-    """Name the files that are left out, once.
+    """Name the files that are left out, once, and say how many they are.
 
     Args:
         rejected: All of them, with the reason.
@@ -121,6 +121,8 @@ def check_rejected(rejected: Sequence[tuple[Path, str]], damaged: int, total: in
         raise UserError(f"{len(rejected)} of {total} clips cannot be used{limit} ({listed}{more}).")
     for path, reason in rejected:
         log.warning("%s is left out: %s", path, reason)
+    if rejected:
+        log.warning("%d of %d clips are left out.", len(rejected), total)
 
 
 def _some(names: Sequence[str], shown: int = 3) -> str:

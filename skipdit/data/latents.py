@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..errors import UnreadableError, UserError
 from .clips import Entry, check_counts, draw_clip, draw_image, generator
+from .files import check_rejected
 
 __all__ = ["FORMAT", "INDEX", "PARTS", "LatentDataset", "hash_file", "hash_weights", "read_index", "verify"]
 
@@ -39,7 +40,8 @@ class LatentDataset(Dataset):
         max_bad_share: Share of unreadable clips above which a training run stops, 0..1.
 
     Attributes:
-        entries: The clips.
+        entries: The clips that are long enough.
+        rejected: (path, reason) of the others, which the log names.
         class_names: In order; None without classes.
         size: (height, width) in pixels of the frames that were encoded.
         vae_hash: Of the autoencoder that wrote them (`hash_weights`).
@@ -74,13 +76,18 @@ class LatentDataset(Dataset):
         self.images = images
         span = num_frames * frame_interval if self.is_video else 1
         self.entries: list[Entry] = []
+        self.rejected: list[tuple[Path, str]] = []
         self._places: list[tuple[str, int]] = []  # shard, and row of the clip's first frame
         for clip in index["clips"]:
-            if clip["frames"] >= span:
-                self.entries.append(Entry(Path(clip["path"]), clip["class_label"], clip["frames"]))
-                self._places.append((clip["shard"], clip["row"]))
+            path, frames = Path(clip["path"]), clip["frames"]
+            if frames < span:
+                self.rejected.append((path, f"too short, {frames} of {span} frames"))
+                continue
+            self.entries.append(Entry(path, clip["class_label"], frames))
+            self._places.append((clip["shard"], clip["row"]))
         if not self.entries:
             raise UserError(f"No clip in {folder} has {span} frames: lower num_frames or frame_interval.")
+        check_rejected(self.rejected, 0, len(index["clips"]), self.max_bad_share)
         self._open: dict[str, Any] = {}
 
     def __len__(self) -> int:

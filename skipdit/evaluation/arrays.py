@@ -24,7 +24,7 @@ def array_shape(path: Path) -> tuple[int, ...]:
     try:
         shape, dtype = _header(path)
     except Exception as error:  # each format's reader has its own errors
-        raise UserError(f"{path} cannot be read as an array of clips ({_first_line(error)}).") from error
+        raise UserError(f"{path} cannot be read as an array of clips ({_first_sentence(error)}).") from error
     if dtype != "uint8" or len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
         raise UserError(f"{path} holds {dtype} {list(shape)}: uint8 [N, T, H, W, 3] or [N, H, W, 3] is needed.")
     return shape
@@ -39,7 +39,7 @@ def read_clips(path: Path, batch_size: int) -> Iterator[torch.Tensor]:
     try:
         yield from _read_npz(path, batch_size) if path.suffix == ".npz" else _read_mapped(path, batch_size)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}).") from error
+        raise UserError(f"{path} is damaged ({_first_sentence(error)}).") from error
 
 
 def _header(path: Path) -> tuple[tuple[int, ...], str]:
@@ -53,7 +53,7 @@ def _header(path: Path) -> tuple[tuple[int, ...], str]:
 
 def _map(path: Path) -> np.ndarray | torch.Tensor:
     if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")  # np.load takes what is no array for a pickle
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -84,5 +84,5 @@ def _npy_header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(stream)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")[:200] or type(error).__name__

@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, and say where it is."""
     config = load_config(EvaluateConfig, args.config, args.settings)
-    config.check_choice()
     folder = check_writable(config.output)
     report = evaluate(config)
     table = to_markdown(report)
@@ -71,19 +70,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: Something is missing, the sides do not fit together, or too many clips cannot be read.
     """
+    from .fidelity import check_networks
     from .gathering import gather, gather_cached
     from .opening import open_sides
 
-    config.check_choice()
     stride, name = 1, config.protocol
     if name is not None:
         protocol = dict(PROTOCOLS[name])
         stride = protocol.pop("stride")
         config = replace(config, protocol=None, **protocol)
+    check_networks(config.metrics)
     how = _gathering(config)
     check_writable(config.cache_dir)
     real, generated, warnings = open_sides(config, stride)
     _check_enough(config, real, generated)
+    for detector in how.detectors:
+        detector.check_frames(real.settings["num_frames"])
     values: dict[str, float] = {}
     floors: dict[str, float] = {}
     if config.paired:
@@ -125,7 +127,8 @@ def _check_enough(config: EvaluateConfig, real: "Side", generated: "Side") -> No
     for name, side in (("real", real), ("generated", generated)):
         least = max(LEAST.get(metric, 1) for metric in config.metrics)
         if len(side) < least:
-            raise UserError(f"The {name} side has {len(side)} clips: {', '.join(config.metrics)} need {least} or more.")
+            wanted = f"{', '.join(config.metrics)} can be had of {least} or more"
+            raise UserError(f"The {name} side has too few clips, {len(side)}: {wanted}.")
     if "temporal" in config.metrics and generated.settings["num_frames"] < 2:
         raise UserError("temporal compares neighbouring frames: leave it out for pictures.")
 

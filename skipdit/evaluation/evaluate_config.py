@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import nearest, setting
-from ..errors import UserError
 
 __all__ = ["METRICS", "PAIRED", "PROTOCOLS", "EvaluateConfig", "SideConfig"]
 
@@ -74,6 +73,11 @@ class EvaluateConfig:
             raise ValueError(f"protocol={self.protocol} says how many clips and frames: leave these out.")
         if self.dtype not in ("fp32", "bf16"):
             raise ValueError(f"dtype={self.dtype} must be fp32 or bf16.")
+        if self.paired and (sets := [word for word in self.metrics if word not in PAIRED]):
+            raise ValueError(
+                f"metrics=[{', '.join(self.metrics)}]: {sets[0]} compares sets in random order, the others pairs in "
+                "the order of the files: ask for them in two runs."
+            )
         if not self.metrics:
             raise ValueError(f"metrics=[] asks for nothing: choose from {', '.join(METRICS)}.")
         for name, least in {"clips": 2, "frames_per_clip": 1, "seed": 0, "batch_size": 1, "num_workers": 0}.items():
@@ -90,11 +94,3 @@ class EvaluateConfig:
     def paired(self) -> bool:
         """Whether clips are compared one with one."""
         return any(word in PAIRED for word in self.metrics)
-
-    def check_choice(self) -> None:
-        """Raise UserError for metrics that cannot be had in one run."""
-        if self.paired and (sets := [word for word in self.metrics if word not in PAIRED]):
-            raise UserError(
-                f"metrics=[{', '.join(self.metrics)}]: {sets[0]} compares sets in random order, the others pairs in "
-                "the order of the files: ask for them in two runs."
-            )

@@ -1,5 +1,6 @@
 """How close clips stay to others made from the same noise: PSNR, SSIM, LPIPS; and how steady they are in time."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -9,7 +10,7 @@ from ..errors import UserError
 
 FRAMES_AT_ONCE = 64
 
-__all__ = ["fidelity", "lpips", "psnr", "ssim", "temporal_consistency"]
+__all__ = ["check_networks", "fidelity", "lpips", "psnr", "ssim", "temporal_consistency"]
 
 
 def psnr(clips: torch.Tensor, references: torch.Tensor, data_range: float = 1.0) -> torch.Tensor:
@@ -101,6 +102,16 @@ def _lpips_network() -> torch.nn.Module:
         raise UserError(
             f"lpips needs torchvision and its AlexNet weights ({reason}): pip install torchvision, or leave lpips out."
         ) from error
+
+
+def check_networks(metrics: Sequence[str]) -> None:
+    """Read the networks that metrics need, so that one that is missing is told before any work.
+
+    Raises:
+        UserError: As `lpips`.
+    """
+    if "lpips" in metrics:
+        _lpips_network()
 
 
 def fidelity(clips: torch.Tensor, references: torch.Tensor, metrics: list[str]) -> dict[str, torch.Tensor]:

@@ -106,7 +106,7 @@ def gather_cached(side: Side, how: Gathering, title: str, folder: Path, say: Cal
             raise UserError(f"{path} is of other clips than its name says: delete it and run again.")
         bad = [tuple(item) for item in stored["skipped"]]
         _check_skipped(bad, len(side), how.max_bad_share, title)
-        side.skipped += bad
+        side.skipped += [item for item in bad if item not in side.skipped]  # those of an earlier call are there
         say(f"{title}: statistics of an earlier run ({path})")
         return parts
     before = len(side.skipped)

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from ..config import load_config
-from ..data import ClipDataset, ImageDataset
+from ..data import ClipDataset, ImageDataset, MovingDigits
 from ..data.decoding import IMAGE_SUFFIXES, frame_files, open_source
 from ..data.files import find_clips, find_images
 from ..errors import UnreadableError, UserError
 from ..sampling.config import SampleConfig
+from ..sampling.loading import read_json
 from .arrays import ARRAY_SUFFIXES
 from .evaluate_config import EvaluateConfig, SideConfig
 from .identity import describe_difference
@@ -71,10 +72,7 @@ def _recorded_interval(path: Path) -> int | None:
     """Frame interval of the training data, if the pipeline or the set of samples says it."""
     for name in ("model_index.json", "samples.json"):
         if (path / name).is_file():
-            try:
-                return json.loads((path / name).read_text(encoding="utf-8")).get("frame_interval")
-            except ValueError as error:
-                raise UserError(f"{path / name} cannot be read ({error}).") from error
+            return read_json(path / name).get("frame_interval")
     return None
 
 
@@ -102,8 +100,7 @@ def open_side(
     frames = Frames(num_frames, side.frame_interval, stride, side.made_at or 1)
     if side.path == "digits":
         _takes_no_interval(side, "digits have none")
-        count = num_frames or DEFAULT_FRAMES
-        return DigitsSide(config.clips, count, size or (DIGITS_SIZE, DIGITS_SIZE), config.seed, side.split or "train")
+        return DigitsSide(_make_digits(side, config, num_frames or DEFAULT_FRAMES, size or (DIGITS_SIZE, DIGITS_SIZE)))
     path = Path(side.path)
     if not path.exists():
         raise UserError(f"{path} is not there: pass a folder or a file of clips.")
@@ -124,6 +121,13 @@ def open_side(
     if one_size:
         opened.native = _one_size([data.entries[index].path for index, _ in opened.draws])
     return opened
+
+
+def _make_digits(side: SideConfig, config: EvaluateConfig, num_frames: int, size: tuple[int, int]) -> MovingDigits:
+    try:
+        return MovingDigits(num_frames, size, config.clips, config.seed, side.split or "train")
+    except ValueError as error:
+        raise UserError(f"digits: {error}") from error
 
 
 def _takes_no_interval(side: SideConfig, why: str) -> None:
@@ -155,12 +159,12 @@ def _samples_in(path: Path) -> Path:
     """Where the samples of a set that `skipdit sample total=...` made are; another path as it is.
 
     Raises:
-        UserError: The set is not complete.
+        UserError: The set is not complete, or what it says of itself is damaged.
     """
     about = path / "samples.json"
     if not about.is_file():
         return path
-    if not json.loads(about.read_text(encoding="utf-8")).get("complete"):
+    if not read_json(about).get("complete"):
         raise UserError(f"{path} is not complete: run the same 'skipdit sample total=...' again, which goes on.")
     forms = (path / name for name in ("shards", "samples.npz", "frames", "pictures"))
     return next((form for form in forms if form.exists()), path)
@@ -201,7 +205,7 @@ class PipelineSide:
         size: (height, width) to resize to; None: its own.
 
     Raises:
-        UserError: It cannot be sampled with these settings.
+        UserError: It cannot be sampled with these settings, or its weights are damaged.
     """
 
     def __init__(
@@ -222,6 +226,7 @@ class PipelineSide:
         self.native = (height, width)
         self.size = self.native if size is None else size
         self.settings = settings_of(count, frames.total_interval, self.size)
+        self.plan, self.pipeline = plan, plan.load()  # now, for the real side may take hours
         self.identity: dict[str, Any] | None = None
         self.skipped: list[tuple[str, str]] = []
 
@@ -229,8 +234,8 @@ class PipelineSide:
         return self.config.total
 
     def batches(self, batch_size: int, num_workers: int) -> Iterator[torch.Tensor]:
-        from ..sampling.streaming import iterate_samples
+        from ..sampling.streaming import sample_indices
 
-        for _, _, clips in iterate_samples(self.config):
+        for _, clips in sample_indices(self.pipeline, range(self.plan.count), self.plan.label_of, self.config):
             clips = clips[:, None] if clips.dim() == 4 else clips
             yield from fit_batch(clips[:, self.picks], self.size).split(batch_size)

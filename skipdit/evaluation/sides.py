@@ -185,25 +185,24 @@ class DigitsSide:
     """Moving digits, made on the spot.
 
     Args:
-        count: Clips.
-        num_frames, size: Of a clip, in frames and pixels (height, width).
-        seed: Of the clips.
-        split: Of scikit-learn's digits, "train" or "test".
+        data: All there are, with the settings that training or the caller gave them.
+        count: The first so many of them; None: all.
     """
 
-    def __init__(self, count: int, num_frames: int, size: tuple[int, int], seed: int = 0, split: str = "train"):
-        self.data = MovingDigits(num_frames=num_frames, size=size, length=count, seed=seed, split=split)
+    def __init__(self, data: MovingDigits, count: int | None = None):
+        self.data, self.count = data, len(data) if count is None else min(count, len(data))
         self.skipped: list[tuple[str, str]] = []
         self.native = None
-        self.settings = settings_of(num_frames, 1, size)
-        self.identity = {"files": f"moving digits, {split}", "seed": seed, "clips": count}
+        self.settings = settings_of(data.num_frames, 1, (data.height, data.width))
+        drawn = {name: getattr(data, name) for name in ("seed", "digit_size", "speed")}
+        self.identity = {"files": f"moving digits, {data.split}", **drawn, "clips": self.count}
 
     def __len__(self) -> int:
-        return len(self.data)
+        return self.count
 
     def batches(self, batch_size: int, num_workers: int) -> Iterator[torch.Tensor]:
-        for first in range(0, len(self.data), batch_size):
-            indices = range(first, min(first + batch_size, len(self.data)))
+        for first in range(0, self.count, batch_size):
+            indices = range(first, min(first + batch_size, self.count))
             yield torch.stack([to_bytes(self.data[index]["video"]) for index in indices])
 
 

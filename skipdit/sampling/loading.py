@@ -1,6 +1,7 @@
 """From a user's words to a pipeline on a device: everything checked first, weights read last."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,17 @@ from ..schedulers import TRAINING_SCHEDULE, make_scheduler
 from ..weights import DTYPES, build
 from .config import SampleConfig
 
-__all__ = ["PIPELINES", "ModelSource", "choose_device", "find_model", "load_vae", "read_class_names", "resolve_classes"]
+__all__ = [
+    "PIPELINES",
+    "ModelSource",
+    "check_dtype",
+    "choose_device",
+    "find_model",
+    "load_vae",
+    "read_class_names",
+    "read_json",
+    "resolve_classes",
+]
 
 PIPELINES: dict[type[SkipBackbone], type[SkipPipeline]] = {
     SkipDiTTransformer2DModel: SkipDiTPipeline,
@@ -69,7 +80,7 @@ class ModelSource:
     @property
     def frame_interval(self) -> int | None:
         """Every how many-th frame of its training videos the network saw, if the pipeline says it."""
-        return None if self.folder is None else _read_json(self.folder / "model_index.json").get("frame_interval")
+        return None if self.folder is None else read_json(self.folder / "model_index.json").get("frame_interval")
 
     def shape(self, image_size: int | None, num_frames: int | None) -> tuple[int, ...]:
         """Of one sample, [T, H, W, 3] or [H, W, 3], of that size or of the model's own."""
@@ -138,12 +149,12 @@ def find_model(config: SampleConfig) -> ModelSource:
 
 
 def _find_folder(folder: Path) -> ModelSource:
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     names = {cls.__name__: (model, cls) for model, cls in PIPELINES.items()}
     if index.get("_class_name") not in names:
         raise UserError(f"{folder} holds a {index.get('_class_name')}, not one of {', '.join(names)}.")
     model_class, _ = names[index["_class_name"]]
-    settings = _read_json(folder / "transformer" / "config.json")
+    settings = read_json(folder / "transformer" / "config.json")
     model = _without_storage(model_class, settings, str(folder))
     return ModelSource(model, tuple((index.get("class_names") or {}).values()), folder=folder)
 
@@ -206,7 +217,7 @@ def _vae_scale(folder: Path) -> int:
     """Image pixels per latent pixel."""
     if not (folder / "config.json").is_file():
         return 8  # of a hub's name; that of Stable Diffusion
-    return 2 ** (len(_read_json(folder / "config.json").get("block_out_channels", [0] * 4)) - 1)
+    return 2 ** (len(read_json(folder / "config.json").get("block_out_channels", [0] * 4)) - 1)
 
 
 def load_vae(vae: str | Path) -> AutoencoderKL | AutoencoderTiny:
@@ -216,7 +227,7 @@ def load_vae(vae: str | Path) -> AutoencoderKL | AutoencoderTiny:
         UserError: It cannot be read, or is of another kind.
     """
     file = Path(vae) / "config.json"
-    name = _read_json(file).get("_class_name", "AutoencoderKL") if file.is_file() else "AutoencoderKL"
+    name = read_json(file).get("_class_name", "AutoencoderKL") if file.is_file() else "AutoencoderKL"
     if name not in AUTOENCODERS:
         raise UserError(f"{vae} holds a {name}: an AutoencoderKL or AutoencoderTiny is needed.")
     try:
@@ -285,7 +296,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"No device {name!r}: choose auto, cpu, cuda, cuda:1 or mps.")
     if kind == "mps" and not mps:
         raise UserError("device=mps is not available here: pass device=cpu or device=auto.")
@@ -296,15 +307,29 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_dtype(dtype: str, device: torch.device) -> None:
+    """Raise UserError for a dtype that the device is slow in."""
+    if device.type == "cpu" and dtype == "fp16":
+        raise UserError("dtype=fp16 is many times slower than fp32 on the CPU: pass dtype=fp32 or bf16.")
+
+
 def _shown(words: Sequence[str]) -> str:
     return f"[{', '.join(words)}]"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a pipeline, or a set of samples, says of itself in a file.
+
+    Raises:
+        UserError: It is not there, no JSON, or no mapping.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({_first_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read (it holds a {type(content).__name__}, not a mapping).")
+    return content
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from ..schedulers import make_scheduler
 from ..weights import DTYPES
 from .config import SampleConfig
 from .labels import plan_labels
-from .loading import ModelSource, choose_device, find_model, resolve_classes
+from .loading import ModelSource, check_dtype, choose_device, find_model, resolve_classes
 
 __all__ = ["SamplePlan", "parse_cache", "plan_samples"]
 
@@ -84,8 +84,7 @@ def plan_samples(config: SampleConfig) -> SamplePlan:
     cache = parse_cache(config, source)
     _check(config, source)
     device = choose_device(config.device)
-    if device.type == "cpu" and config.dtype == "fp16":
-        raise UserError("dtype=fp16 is many times slower than fp32 on the CPU: pass dtype=fp32 or bf16.")
+    check_dtype(config.dtype, device)
     return SamplePlan(config, source, labels, count, cache, device)
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ..diffusion import Objective, add_noise
@@ -13,6 +14,7 @@ from ..operations import count_operations
 
 __all__ = [
     "BINS",
+    "Speed",
     "TimestepBins",
     "feature_similarity",
     "matrix_rate",
@@ -64,6 +66,27 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         float((one @ other)[0, 0])  # waits for the device
         best = max(best, 2 * side**3 / (time.perf_counter() - began))
     return best
+
+
+class Speed:
+    """How fast a run trains, and which share of what the hardware could that is.
+
+    Attributes:
+        matrix_rate: What the device reaches in a large matrix product, in operations a second.
+        clip_operations: Of a forward and a backward pass of one clip.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: SkipBackbone):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            self.matrix_rate = matrix_rate(accelerator.device, dtype)
+        self.clip_operations = training_operations(model)
+        self.processes = accelerator.num_processes
+
+    def rates(self, clips_per_second: float) -> dict[str, float]:
+        """ "tflops" and "mfu" of each process, from the clips of all of them."""
+        rate = self.clip_operations * clips_per_second / self.processes
+        return {"tflops": rate / 1e12, "mfu": rate / self.matrix_rate}
 
 
 def memory_gib(device: torch.device) -> float:

@@ -42,11 +42,13 @@ class FvdMeter:
         if (frames := self.real.settings["num_frames"]) < self.detector.minimum_frames:
             least = self.detector.minimum_frames
             raise UserError(f"fvd.every: FVD needs clips of {least} frames, this run has {frames}; set fvd.every=0.")
+        if len(self.real) < 2:
+            raise UserError("fvd.every: FVD needs 2 real clips or more, this run has 1; set fvd.every=0.")
 
     def _open(self, data: object) -> Side:
         count = self.config.real_clips
         if isinstance(data, MovingDigits):
-            return DigitsSide(count, data.num_frames, (data.height, data.width), seed=1)
+            return DigitsSide(data, count)
         if isinstance(data, ClipDataset):
             return FileSide(data, count)
         raise UserError("fvd.every: FVD is of clips, and this run trains on pictures; set fvd.every=0.")

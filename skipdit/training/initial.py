@@ -33,11 +33,13 @@ def load_initial(model: SkipBackbone, config: InitConfig) -> set[str]:
         Names of the parameters that were loaded; none without `init.from`.
 
     Raises:
-        UserError: There are no weights, or they do not fit this network.
+        UserError: There are no weights, they do not fit this network, or a setting for them is given without them.
     """
     if config.skips_only_steps and not model.config.skip:
         raise UserError("init.skips_only_steps needs long skips: set model.arguments.skip=residual, or the steps to 0.")
     if config.from_ is None:
+        if config.lr_scale != 1:
+            raise UserError(f"init.lr_scale={config.lr_scale:g} is for loaded weights: set init.from, or leave it out.")
         return set()
     where = Path(config.from_)
     if not where.exists():

@@ -1,9 +1,7 @@
-"""`skipdit train` and `train.py`: one loop for one process or many, stopped and resumed without a trace."""
+"""One training loop for one process or many, stopped and resumed without a trace."""
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..config import load_config, save_config, setting_name
+from ..config import save_config
 from ..data.latents import hash_weights
 from ..errors import UserError
 from ..files import check_writable, only_call
@@ -27,7 +25,7 @@ from .batches import BatchLosses
 from .build import build_accelerator, build_model, check_fit, load_vae
 from .config import TrainConfig
 from .data import LatentClips, build_data, precompute_latents
-from .diagnostics import TimestepBins
+from .diagnostics import Speed, TimestepBins
 from .fvd import FvdMeter
 from .initial import load_initial
 from .optimizing import WeightAverage, build_optimizer, lr_multiplier, set_learning_rates
@@ -35,9 +33,7 @@ from .order import GlobalOrder, read_batches
 from .progress import Progress
 from .stopping import StopRequest
 
-__all__ = ["Trainer", "add_arguments", "run", "train"]
-
-DEFAULT_CONFIG = "configs/digits/train.yaml"
+__all__ = ["Trainer", "train"]
 
 
 def train(config: TrainConfig) -> Path:
@@ -87,7 +83,7 @@ class Trainer:
         model = build_model(config.model)
         self.loaded = set(saved["loaded"]) if saved else load_initial(model, config.init)
         check_fit(model, self.vae, self.dataset, self.class_names, config.data, config.vae)
-        self.preview_classes = samples.check_preview(config.preview, model, self.class_names)
+        self.preview_classes = samples.preview_classes(config.preview, model, self.class_names)
         self.fvd = FvdMeter(config.fvd, config.data, self.output, self.accelerator) if config.fvd.every else None
 
         self.step, self.dropped, self.dropped_in_a_row = 0, 0, 0
@@ -141,19 +137,28 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
-        """Train from the current step to `max_steps`, or to the first SIGTERM or SIGINT."""
+        """Train from the current step to `max_steps`, or to the first SIGTERM or SIGINT.
+
+        Raises:
+            UserError: Another call is writing to the output, which stays as it is; or the training cannot go on.
+        """
+        stop = self.config.max_steps
+        with only_call("train", self.output) if self.is_main else contextlib.nullcontext():
+            if self.step < stop:
+                folder = self._train()
+            else:
+                self.say(f"Step {self.step} of {stop}: nothing left to train.")
+            if self.step >= stop:
+                return self._finish()
+        self.say(f"Stopped after step {self.step}; saved {folder}.")
+        self.say("Continue with the same command and resume=latest.")
+
+    def _train(self) -> Path:
+        """All steps that are left, unless it is asked to stop; returns the last checkpoint."""
         cfg = self.config
-        if self.step >= cfg.max_steps:
-            self.say(f"Step {self.step} of {cfg.max_steps}: nothing left to train.")
-            return self._finish()
         if self.is_main:
             save_config(cfg, self.output / "train.yaml")
-        if cfg.tracker:
-            settings = checkpointing.flat(dataclasses.asdict(cfg))
-            scalars = {
-                key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()
-            }
-            self.accelerator.init_trackers("skipdit", config=scalars)
+        self._start_tracker()
         dataset = self._training_set()
         order = GlobalOrder(
             len(dataset),
@@ -168,24 +173,25 @@ class Trainer:
         in_memory = isinstance(dataset, LatentClips)
         batches = iter(read_batches(dataset, order, 0 if in_memory else cfg.data.num_workers))
         self._announce(dataset)
-        self._measure_hardware()
+        self.speed = Speed(self.accelerator, self.module)
         progress = Progress(
             self.output, self.step, cfg.max_steps, cfg.batch_size, self.is_main, self.say, self.accelerator.log
         )
-        lock = only_call("train", self.output) if self.is_main else contextlib.nullcontext()
-        with lock, self.stop, _attention_backend(self.accelerator.device), progress:
+        with self.stop, _attention_backend(self.accelerator.device), progress:
             while self.step < cfg.max_steps and not self.stopping:
                 progress.add(self._step(batches, order))
                 if self.step % cfg.log_every == 0 or self.step == cfg.max_steps:
                     progress.log(self.step, self._status(progress.clips_per_second))
                 self._at_intervals(progress)
                 progress.resume_clock()
-            folder = self._save()
-        if self.step < cfg.max_steps:
-            self.say(f"Stopped after step {self.step}; saved {folder}.")
-            self.say("Continue with the same command and resume=latest.")
-        else:
-            self._finish()
+            return self._save()
+
+    def _start_tracker(self) -> None:
+        if not self.config.tracker:
+            return
+        settings = checkpointing.flat(dataclasses.asdict(self.config))
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        self.accelerator.init_trackers("skipdit", config=plain)
 
     def _at_intervals(self, progress: Progress) -> None:
         cfg, step = self.config, self.step
@@ -227,13 +233,6 @@ class Trainer:
             f"steps {self.step + 1} to {self.config.max_steps}; {self.accelerator.device}, "
             f"{'float32' if precision == 'no' else precision}. Output: {self.output}"
         )
-
-    def _measure_hardware(self) -> None:
-        """What the model's floating-point operations are compared with."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
-        with torch.random.fork_rng(devices=[]):
-            self.matrix_rate = diagnostics.matrix_rate(self.accelerator.device, dtype)
-        self.clip_operations = diagnostics.training_operations(self.module)
 
     def _step(self, batches: Iterator[dict[str, Any]], order: GlobalOrder) -> dict[str, float]:
         """One optimizer step on the next global batch.
@@ -302,11 +301,9 @@ class Trainer:
     # ------------------------------------------------------------------ what it tells
 
     def _status(self, clips_per_second: float) -> dict[str, float | dict[str, float]]:
-        rate = self.clip_operations * clips_per_second / self.accelerator.num_processes
         return {
             "mse_by_timestep": self.bins.read(self.accelerator.reduce(self.bins.totals.clone(), "sum")),
-            "tflops": rate / 1e12,
-            "mfu": rate / self.matrix_rate,
+            **self.speed.rates(clips_per_second),
             "memory_gib": diagnostics.memory_gib(self.accelerator.device),
             "dropped_steps": self.dropped,
             "unreadable_files": len(self.unreadable),
@@ -410,32 +407,3 @@ def _number(value: Any) -> float:
 def _attention_backend(device: torch.device) -> contextlib.AbstractContextManager:
     """On a CPU, plain products: the fused attention's backward takes twice as long on short sequences."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `skipdit train`."""
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    parser.epilog = "settings and their defaults:\n" + "\n".join(_describe(TrainConfig()))
-
-
-def _describe(section: object, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _describe(value, f"{prefix}{field.name}.")
-        else:
-            text = json.dumps(value) if isinstance(value, bool | None) else value  # as YAML has it
-            yield f"  {prefix}{setting_name(field.name)}={text}"
-
-
-def run(args: argparse.Namespace) -> None:
-    """Train; of several processes only the main one reports a mistake."""
-    try:
-        train(load_config(TrainConfig, args.config, args.overrides))
-    except UserError:
-        from accelerate import PartialState
-
-        if PartialState().is_main_process:
-            raise
-        raise SystemExit(2) from None

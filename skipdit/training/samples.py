@@ -19,10 +19,10 @@ from .config import PreviewConfig, TrainConfig
 
 FPS = 8
 
-__all__ = ["check_preview", "export_pipeline", "make_pipeline", "model_with", "write_preview"]
+__all__ = ["preview_classes", "export_pipeline", "make_pipeline", "model_with", "write_preview"]
 
 
-def check_preview(config: PreviewConfig, model: SkipBackbone, class_names: list[str] | None) -> list[int] | None:
+def preview_classes(config: PreviewConfig, model: SkipBackbone, class_names: list[str] | None) -> list[int] | None:
     """The classes to show as indices; None for an unconditional model.
 
     Raises:

@@ -78,15 +78,20 @@ class Detector:
             raise ValueError(f"The detector {self.name} does not classify.")
         return self.features(batch).softmax(dim=1)
 
+    def check_frames(self, count: int) -> None:
+        """Raise UserError if clips of so many frames are too short for it."""
+        if count < self.minimum_frames:
+            raise UserError(
+                f"I3D needs clips of at least {self.minimum_frames} frames, these have {count}: "
+                "use longer clips or another metric."
+            )
+
     def _check(self, batch: torch.Tensor) -> None:
         axes = "[B, T, H, W, 3]" if self.name == "i3d" else "[B, H, W, 3]"
         if batch.dtype != torch.uint8 or batch.dim() != axes.count(",") + 1 or batch.shape[-1] != 3 or not len(batch):
             raise ValueError(f"{self.name} takes uint8 {axes}, not {batch.dtype} {list(batch.shape)}.")
-        if self.name == "i3d" and batch.shape[1] < self.minimum_frames:
-            raise UserError(
-                f"I3D needs clips of at least {self.minimum_frames} frames, these have {batch.shape[1]}: "
-                "use longer clips or another metric."
-            )
+        if self.name == "i3d":
+            self.check_frames(batch.shape[1])
 
 
 def load_detector(

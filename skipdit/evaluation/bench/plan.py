@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from ..acceleration import compiler_for
-from ..cache import SkipCacheConfig
-from ..config import nearest
-from ..errors import UserError
-from ..files import check_writable
-from ..models import SkipBackbone, SkipDiTTransformer2DModel, SkipLatteTransformer3DModel
-from ..models.presets import PRESETS
-from ..operations import Operations, count_operations
-from ..schedulers import make_scheduler
-from ..weights import DTYPES
+from ...acceleration import compiler_for
+from ...cache import SkipCacheConfig
+from ...config import nearest
+from ...errors import UserError
+from ...files import check_writable
+from ...models import SkipBackbone, SkipDiTTransformer2DModel, SkipLatteTransformer3DModel
+from ...models.presets import PRESETS
+from ...operations import Operations, count_operations
+from ...schedulers import make_scheduler
+from ...weights import DTYPES
 
 __all__ = ["BenchPlan", "make_plan"]
 
@@ -32,7 +32,7 @@ PUBLISHED_VAE = {
 }
 PRESET_PIXELS, PRESET_FRAMES = 256, 16
 PRESET_CLASSES = {SkipDiTTransformer2DModel: 1000, SkipLatteTransformer3DModel: 101}  # ImageNet, UCF101
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)

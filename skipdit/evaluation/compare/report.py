@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ..files import written_whole
-from ..media import make_sheet, viewing_factor, write_png
-from .compare_config import CompareConfig
-from .compare_measure import Contender, Measured
-from .machine import describe_machine
-from .metrics import expected_floor, frechet_distance, kernel_distance
-from .statistics import FeatureStatistics
+from ...files import written_whole
+from ...media import make_sheet, viewing_factor, write_png
+from ..machine import describe_machine
+from ..metrics import expected_floor, frechet_distance, kernel_distance
+from ..statistics import FeatureStatistics
+from .config import CompareConfig
+from .measure import Contender, Measured
 
 __all__ = ["make_report", "to_csv", "to_markdown", "write_report"]
 

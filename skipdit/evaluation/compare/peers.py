@@ -7,9 +7,9 @@ import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import FasterCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
-from ..config import nearest
-from ..errors import UserError
-from ..pipelines import SkipPipeline
+from ...config import nearest
+from ...errors import UserError
+from ...pipelines import SkipPipeline
 
 __all__ = ["PEERS", "magnitude_ratios", "parse_peer", "peer_config"]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cache import SkipCacheConfig
-from ..errors import UserError
-from ..models import SkipBackbone
-from ..pipelines import SkipDiTPipeline, SkipLattePipeline, SkipPipeline
-from ..schedulers import make_scheduler
-from ..weights import DTYPES
-from .bench_plan import BenchPlan
+from ...cache import SkipCacheConfig
+from ...errors import UserError
+from ...models import SkipBackbone
+from ...pipelines import SkipDiTPipeline, SkipLattePipeline, SkipPipeline
+from ...schedulers import make_scheduler
+from ...weights import DTYPES
+from .plan import BenchPlan
 
 __all__ = ["ModeResult", "Timing", "enough_memory", "measure", "plain_pipeline", "time_in_turns", "timed"]
 

@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..kernels import gate_residual, norm_modulate
-from ..models import SkipBackbone
-from ..models.layers import NORM_EPS, Block
-from ..operations import TIMESTEP_FREQUENCIES
-from ..pipelines import SkipPipeline, guide
-from ..weights import DTYPES
-from .bench_measure import Timing, enough_memory, plain_pipeline, time_in_turns, timed
-from .bench_plan import BenchPlan
+from ...kernels import gate_residual, norm_modulate
+from ...models import SkipBackbone
+from ...models.layers import NORM_EPS, Block
+from ...operations import TIMESTEP_FREQUENCIES
+from ...pipelines import SkipPipeline, guide
+from ...weights import DTYPES
+from .measure import Timing, enough_memory, plain_pipeline, time_in_turns, timed
+from .plan import BenchPlan
 
 __all__ = ["Breakdown", "Part", "make_parts", "measure_breakdown", "measure_rates"]
 

@@ -1,9 +1,10 @@
 """What `skipdit compare` can be told; read without importing torch, so that its help is quick."""
 
+import math
 from dataclasses import dataclass, field
 
-from ..config import setting
-from .evaluate_config import SideConfig
+from ...config import setting
+from ..evaluate_config import SideConfig
 
 __all__ = ["CompareConfig"]
 
@@ -40,6 +41,8 @@ class CompareConfig:
         for name, least in {"clips": 2, "real_clips": 2, "steps": 2, "seed": 0, "batch_size": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale={self.guidance_scale} must be finite and 0 or more; 1: no guidance.")
         if self.steps > 1000:
             raise ValueError(f"steps={self.steps} must be 1000 or less, the steps of training.")
         if self.dtype not in ("fp32", "bf16", "fp16"):

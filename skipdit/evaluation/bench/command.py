@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: An option does not fit, or the device runs out of memory.
     """
-    from .bench_breakdown import measure_breakdown
-    from .bench_measure import measure
-    from .bench_plan import make_plan
-    from .bench_report import make_report, to_markdown, write_report
+    from .breakdown import measure_breakdown
+    from .measure import measure
+    from .plan import make_plan
+    from .report import make_report, to_markdown, write_report
 
     plan = make_plan(args)
     results = measure(plan, tell=lambda line: print(line, flush=True))

@@ -10,11 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import UserError
-from ..pipelines import SkipPipeline
-from .fidelity import fidelity
-from .networks.detectors import Detector
-from .statistics import FeatureStatistics
+from ...errors import UserError
+from ...pipelines import SkipPipeline
+from ..fidelity import fidelity
+from ..networks.detectors import Detector
+from ..statistics import FeatureStatistics
 
 __all__ = ["Contender", "Measured", "attached", "count_flops", "measure", "timed"]
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bench_breakdown import Breakdown
+    from .breakdown import Breakdown
 
 __all__ = ["breakdown_figures", "breakdown_table", "plain_figures", "plain_table"]
 

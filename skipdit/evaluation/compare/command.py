@@ -6,18 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import describe, load_config, save_config
-from ..errors import UserError
-from ..files import check_writable
-from .compare_config import CompareConfig
-from .evaluate_config import EvaluateConfig, SideConfig
+from ...config import describe, load_config, save_config
+from ...errors import UserError
+from ...files import check_writable
+from ..evaluate_config import EvaluateConfig, SideConfig
+from .config import CompareConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from ..pipelines import SkipPipeline
-    from .compare_measure import Contender
-    from .statistics import FeatureStatistics
+    from ...pipelines import SkipPipeline
+    from ..networks.detectors import Detector
+    from ..sides import Side
+    from ..statistics import FeatureStatistics
+    from .measure import Contender
 
 __all__ = ["CompareConfig", "add_arguments", "compare", "run"]
 
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print the table, and say where it is."""
-    from .compare_report import to_markdown, write_report
+    from .report import to_markdown, write_report
 
     config = load_config(CompareConfig, args.config, args.settings)
     folder = check_writable(config.output)
@@ -56,16 +58,21 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from .compare_measure import count_flops, measure
+    from ..fidelity import check_networks
+    from .measure import count_flops, measure
 
+    metrics = [*PAIRS, *(["lpips"] if config.lpips else [])]
     _check_words(config)
+    check_networks(metrics)
     pipelines = {"skip": _load(config.model, config, with_skips=True)}
     if config.twin is not None:
         pipelines["vanilla"] = _load(config.twin, config, with_skips=False)
         _check_twins(pipelines)
+    notes: list[str] = []
+    detector, side = _open_real(config, pipelines["skip"], notes)
     sample, decode = _sampling(config, pipelines)
-    contenders, notes = _contenders(config, pipelines, sample)
-    detector, real = _real_side(config, pipelines["skip"], notes)
+    contenders = _contenders(config, pipelines, sample, notes)  # samples, to calibrate MagCache
+    real = _gather_real(config, detector, side)
     batches = [
         list(range(first, min(first + config.batch_size, config.clips)))
         for first in range(0, config.clips, config.batch_size)
@@ -74,19 +81,18 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if config.equal_time:
         contenders = contenders + _fewer_steps(contenders, rates)
         flops += [count_flops(contender, sample) for contender in contenders[len(flops) :]]
-    metrics = [*PAIRS, *(["lpips"] if config.lpips else [])]
     with tqdm(total=len(contenders) * len(batches), desc="Comparing", disable=None) as bar:
         found = measure(contenders, sample, decode, batches, detector, metrics, lambda *_: bar.update())
     for measured, count in zip(found, flops, strict=True):
         measured.flops = count
-    from .compare_report import make_report
+    from .report import make_report
 
     return make_report(config, contenders, found, real, notes, pipelines)
 
 
 def _check_words(config: CompareConfig) -> None:
     """Caches and peers, before anything is read."""
-    from ..cache import SkipCacheConfig
+    from ...cache import SkipCacheConfig
     from .peers import parse_peer
 
     try:
@@ -99,9 +105,9 @@ def _check_words(config: CompareConfig) -> None:
 
 
 def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline":
-    from ..sampling.config import SampleConfig
-    from ..sampling.loading import choose_device, find_model
-    from ..schedulers import make_scheduler
+    from ...sampling.config import SampleConfig
+    from ...sampling.loading import check_dtype, choose_device, find_model
+    from ...schedulers import make_scheduler
 
     if config.sampler is not None:
         try:
@@ -114,13 +120,17 @@ def _load(folder: str, config: CompareConfig, with_skips: bool) -> "SkipPipeline
     if bool(source.model.config.skip) != with_skips:
         wanted = "has no long skips, which model= needs" if with_skips else "has long skips, which twin= must not have"
         raise UserError(f"{folder} {wanted}.")
-    pipeline = source.load(choose_device(config.device), config.dtype, config.sampler)
+    if source.num_classes is None and (config.guidance_scale or 1) > 1:
+        raise UserError(f"guidance_scale={config.guidance_scale:g}: {folder} is unconditional; leave it out.")
+    device = choose_device(config.device)
+    check_dtype(config.dtype, device)
+    pipeline = source.load(device, config.dtype, config.sampler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def _check_twins(pipelines: dict[str, "SkipPipeline"]) -> None:
-    from ..data.latents import hash_weights
+    from ...data.latents import hash_weights
 
     one, other = (dict(pipeline.transformer.config) for pipeline in pipelines.values())
     for key in ("sample_size", "num_frames", "num_classes", "in_channels", "hidden_size", "depth", "patch_size"):
@@ -138,8 +148,8 @@ def _sampling(config: CompareConfig, pipelines: dict[str, "SkipPipeline"]) -> tu
     """The two functions that `measure` needs."""
     import torch
 
-    from ..sampling.streaming import sample_generators
-    from .sides import to_bytes
+    from ...sampling.streaming import sample_generators
+    from ..sides import to_bytes
 
     num_classes = pipelines["skip"].transformer.config.num_classes
     wishes = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
@@ -162,17 +172,16 @@ def _sampling(config: CompareConfig, pipelines: dict[str, "SkipPipeline"]) -> tu
     return sample, decode
 
 
-def _real_side(
+def _open_real(
     config: CompareConfig, pipeline: "SkipPipeline", notes: list[str]
-) -> tuple[Any, "FeatureStatistics | None"]:
-    """The detector and the statistics of the real clips, or None and None; what speaks against them is noted."""
+) -> tuple["Detector | None", "Side | None"]:
+    """The detector and the real clips, seen to fit, or None and None; what speaks against them is noted."""
     if not config.real.path:
         return None, None
-    from .gathering import Gathering, gather_cached
-    from .identity import describe_difference
-    from .networks.detectors import load_detector
-    from .opening import open_side
-    from .sides import settings_of
+    from ..identity import describe_difference
+    from ..networks.detectors import load_detector
+    from ..opening import open_side
+    from ..sides import settings_of
 
     cfg = pipeline.transformer.config
     detector = load_detector("i3d", config.i3d, pipeline.device)
@@ -183,10 +192,14 @@ def _real_side(
         generated=SideConfig(path=config.model),
         clips=config.real_clips,
         seed=config.seed,
+        device=config.device,
         cache_dir=config.cache_dir,
     )
     check_writable(config.cache_dir)
     side = open_side(config.real, settings, num_frames=cfg.num_frames, size=size)
+    detector.check_frames(cfg.num_frames)
+    if len(side) < 2:
+        raise UserError(f"{config.real.path} holds {len(side)} clip: FVD and KVD need 2 or more.")
     made_at = config.made_at or pipeline.config.get("frame_interval")
     if made_at is None:
         notes.append("The frame interval of the model's training is not recorded and taken as 1: say it with made_at=.")
@@ -194,24 +207,35 @@ def _real_side(
         if not config.force:
             raise UserError(f"Real and generated clips differ: {found}. Make them alike, or pass force=true.")
         notes.append(f"Forced although real and generated clips differ: {found}.")
+    return detector, side
+
+
+def _gather_real(config: CompareConfig, detector: "Detector | None", side: "Side | None") -> "FeatureStatistics | None":
+    """Statistics of the real clips, if there are any."""
+    if side is None:
+        return None
+    from ..gathering import Gathering, gather_cached
+
     how = Gathering([detector], batch_size=config.batch_size, max_bad_share=config.real.max_bad_share)
-    return detector, gather_cached(side, how, "real clips", Path(config.cache_dir), print)["i3d"]
+    return gather_cached(side, how, "real clips", Path(config.cache_dir), print)["i3d"]
 
 
-def _contenders(config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sample: Any) -> tuple[list, list[str]]:
-    """All settings but the fewer steps, and notes on those that cannot be had."""
-    from ..cache import SkipCacheConfig
-    from .compare_measure import Contender, attached
+def _contenders(
+    config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sample: Any, notes: list[str]
+) -> list["Contender"]:
+    """All settings but the fewer steps; those that cannot be had are noted."""
+    from ...cache import SkipCacheConfig
+    from .measure import Contender, attached
     from .peers import parse_peer, peer_config
 
-    contenders, notes = [], []
+    contenders = []
     model = pipelines["skip"]
     contenders.append(Contender("no cache", "no cache", "skip", model, config.steps))
     for word in config.caches:
         cache = SkipCacheConfig.parse(word)
         contenders.append(Contender(f"Skip-Cache {cache}", "Skip-Cache", "skip", model, config.steps, cache))
     if "vanilla" not in pipelines:
-        return contenders, notes
+        return contenders
     twin = pipelines["vanilla"]
     contenders.append(Contender("vanilla, no cache", "no cache", "vanilla", twin, config.steps))
     for word in config.peers:
@@ -225,12 +249,12 @@ def _contenders(config: CompareConfig, pipelines: dict[str, "SkipPipeline"], sam
             notes.append(f"{word} cannot be attached: {error}")
             continue
         contenders.append(contender)
-    return contenders, notes
+    return contenders
 
 
 def _pilot(contenders: list["Contender"], sample: Any, batch: list[int]) -> tuple[list[float], list[float]]:
     """Operations of each contender, and its seconds for one batch after a first call that warms up."""
-    from .compare_measure import attached, count_flops, timed
+    from .measure import attached, count_flops, timed
 
     flops = [count_flops(contender, sample) for contender in contenders]
     seconds = []

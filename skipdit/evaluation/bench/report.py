@@ -6,15 +6,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import written_whole
-from ..operations import speedup_bound
-from .bench_measure import ModeResult, Timing
-from .bench_parts import breakdown_figures, breakdown_table, plain_figures, plain_table
-from .bench_plan import BenchPlan
-from .machine import hardware, software
+from ...files import written_whole
+from ...operations import speedup_bound
+from ..machine import hardware, software
+from .measure import ModeResult, Timing
+from .parts import breakdown_figures, breakdown_table, plain_figures, plain_table
+from .plan import BenchPlan
 
 if TYPE_CHECKING:
-    from .bench_breakdown import Breakdown
+    from .breakdown import Breakdown
 
 __all__ = ["AIM", "make_report", "to_markdown", "write_report"]
 
