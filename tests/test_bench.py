@@ -371,7 +371,7 @@ def test_operations_of_the_autoencoder(models, tmp_path, root):
 
 
 def test_against_the_plain_path(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)  # nothing to compile with: seconds less
+    monkeypatch.setattr("skipdit.acceleration.choice.compiler_for", lambda device: ("", "it takes seconds"))
     report = bench(models["latte"], tmp_path, "--against-plain")
     figures, plain, fast = report["against_plain"], report["modes"]["eager"], report["modes"]["fast"]
     table = (tmp_path / "bench.md").read_text()
