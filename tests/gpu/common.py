@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from skipdit import create_model
+from skipdit.acceleration.graphs import record_on_cuda
 from skipdit.evaluation.bench_measure import timed
 from skipdit.files import written_whole
 from skipdit.models import SkipBackbone
@@ -140,24 +141,10 @@ def device_seconds(
     play, graph = all_inputs, False
     if device.type == "cuda":
         try:
-            play, graph = record(all_inputs), True
+            play, graph = record_on_cuda(all_inputs), True
         except RuntimeError:  # something in it cannot be recorded
             torch.cuda.synchronize()
     return {"seconds": median_seconds(play, device, repeats) / len(inputs), "graph": graph}
-
-
-def record(call: Callable[[], object]) -> Callable[[], None]:
-    """Record a call into a CUDA graph, after three calls to warm up; returns what replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 # ---------------------------------------------------------------------- errors

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from skipdit import SkipCacheConfig, SkipLattePipeline, kernels, make_scheduler
+from skipdit.acceleration.graphs import record_on_cuda
 from skipdit.diffusion import training_losses
 from skipdit.models import SkipBackbone
 from skipdit.operations import count_operations, speedup_bound
 from skipdit.pipelines import guide
 
-from .common import Record, Setting, build, error, median_seconds, record, timed, variant
+from .common import Record, Setting, build, error, median_seconds, timed, variant
 
 GUIDANCE_SCALE = 7.0
 FLOAT8 = ("attention", "mlp")
@@ -99,7 +100,7 @@ def forward_way(
         if not reuse:
             result["error"] = error(output, reference[0])
         if way == GRAPHED and device.type == "cuda":
-            result[name]["graph_seconds"] = median_seconds(record(call), device, setting.repeats)
+            result[name]["graph_seconds"] = median_seconds(record_on_cuda(call), device, setting.repeats)
     return result
 
 
@@ -134,7 +135,7 @@ class GraphedSampler:
         tokens = (cfg.num_frames, (cfg.sample_size // cfg.patch_size) ** 2, cfg.hidden_size)
         self.features = torch.zeros(2 * clips, *tokens, dtype=model.dtype, device=device)
         if device.type == "cuda":
-            self.full, self.reused = record(self._full), record(self._reused)
+            self.full, self.reused = record_on_cuda(self._full), record_on_cuda(self._reused)
         else:
             self.full, self.reused = self._full, self._reused
 
