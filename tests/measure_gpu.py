@@ -6,9 +6,14 @@ TRITON_INTERPRET=1 python tests/measure_gpu.py --device cpu --preset tiny --outp
 Writes gpu.md, gpu.json and gpu.log. Every section is a process of its own with a limit of time: a crash, even one that
 loses the device, or a section that takes too long costs the rest nothing. Results are on the disk as soon as they
 exist.
+
+Needs what `pip install -e .` brings, of which only NEEDED for nearly all of it: where nothing can be downloaded, carry
+the wheels of those and put the folder they are installed to on PYTHONPATH. The two items "samples" of decoding also
+need omegaconf and av, and tell where these are missing.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,6 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+# What the sections import -> what is installed.
+NEEDED = {"torch": "torch", "diffusers": "diffusers", "einops": "einops", "numpy": "numpy", "PIL": "pillow"}
 # Section -> share of the time, in the order of their weight.
 SECTIONS = {
     "rates": 25,
@@ -86,6 +93,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
 
 
+def missing() -> str:
+    """A sentence on packages that are not installed; "" if none is missing."""
+    names = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if not names:
+        return ""
+    return (
+        f"Not installed: {', '.join(names)}; run 'pip install -e .', or carry their wheels to this machine and put the "
+        "folder that they are installed to on PYTHONPATH."
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -96,6 +114,9 @@ def main() -> int:
     parser.add_argument("--section", choices=tuple(SECTIONS), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if sentence := missing():
+        print(sentence, file=sys.stderr)
+        return 2
     if args.section:
         run_section(args)
         return 0

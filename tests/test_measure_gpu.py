@@ -1,6 +1,9 @@
 """What the measurement of a card rests on, as far as a CPU shows it: the sampler that graphs hold, records, tables."""
 
+import ast
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -123,6 +126,29 @@ def test_every_section_gets_time_and_all_together_keep_to_the_budget():
     assert left >= -1e-9
     assert min(given.values()) >= 20 and given["forward"] > 120
     assert measure_gpu.time_for(["pieces", "breakdown"], 20.0) < measure_gpu.LEAST  # too late to start
+
+
+def test_what_the_sections_import_is_checked_first(monkeypatch, capsys):
+    """Exactly the packages that any of their modules, and any of this package's that they load, import at its head."""
+    listed = "import sys; from gpu import breakdown, decoding, models, pieces\nprint(*(m.__file__ for n, m in "
+    listed += "list(sys.modules.items()) if n.split('.')[0] in ('gpu', 'skipdit') and m.__file__), sep='\\n')"
+    path = os.pathsep.join([str(measure_gpu.ROOT), str(measure_gpu.ROOT / "tests")])
+    ran = subprocess.run(
+        [sys.executable, "-c", listed], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    imported = set()
+    for file in ran.stdout.split():
+        for node in ast.parse(Path(file).read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {name.split(".")[0] for name in names}
+    assert imported - sys.stdlib_module_names - {"skipdit", "gpu"} == set(measure_gpu.NEEDED)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("diffusers", "PIL") else name)
+    monkeypatch.setattr(sys, "argv", ["measure_gpu.py"])
+    assert measure_gpu.main() == 2
+    told = capsys.readouterr().err
+    assert told.startswith("Not installed: diffusers, pillow; run 'pip install -e .'") and told.count("\n") == 1
 
 
 def test_one_section_from_the_command_line(tmp_path):

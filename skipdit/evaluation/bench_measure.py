@@ -2,7 +2,6 @@
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from ..errors import UserError
 from ..models import SkipBackbone
 from ..pipelines import SkipDiTPipeline, SkipLattePipeline, SkipPipeline
 from ..schedulers import make_scheduler
+from ..timing import timed
 from ..weights import DTYPES
 from .bench_plan import BenchPlan
 
-__all__ = ["ModeResult", "Timing", "enough_memory", "measure", "plain_pipeline", "time_in_turns", "timed"]
+__all__ = ["ModeResult", "Timing", "enough_memory", "measure", "plain_pipeline", "time_in_turns"]
 
 WARM_UP_PAIRS = 2
 WARM_UP_STEPS = 4  # few, but with full and reused steps in every published window
@@ -54,22 +54,6 @@ class ModeResult:
     sampling: dict[int, Timing]
     difference: dict[int, float]
     choices: str = ""
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, by events on the device's stream where it is a CUDA device."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
 
 
 def time_in_turns(stopwatches: Mapping[object, Callable[[], float]], rounds: int) -> dict[object, Timing]:

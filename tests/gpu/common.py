@@ -15,10 +15,10 @@ import torch
 
 from skipdit import create_model
 from skipdit.acceleration.graphs import record_on_cuda
-from skipdit.evaluation.bench_measure import timed
 from skipdit.files import written_whole
 from skipdit.models import SkipBackbone
 from skipdit.models.layers import use_float8, use_kernels
+from skipdit.timing import timed
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,6 @@ from diffusers import AutoencoderKL
 
 from skipdit import SkipCacheConfig, SkipLattePipeline, make_scheduler
 from skipdit.acceleration.undoing import recast, turn_on_compiled
-from skipdit.sampling import streaming
-from skipdit.sampling.config import SampleConfig
-from skipdit.sampling.streaming import sample_indices
 
 from .common import Record, Setting, build, error, median_seconds, variant
 from .models import expected_seconds
@@ -88,14 +85,17 @@ def whole_pipeline(setting: Setting, device: torch.device, vae: AutoencoderKL) -
 
 def sample_way(pipeline: SkipLattePipeline, setting: Setting, way: str) -> dict[str, float]:
     """Seconds a clip, from labels to pixels on the host; one batch warms up."""
+    from skipdit.sampling import streaming
+    from skipdit.sampling.config import SampleConfig
+
     clips = setting.clips[0]
     config = SampleConfig(model="given", total=BATCHES * clips, batch_size=clips, steps=setting.steps)
     before = streaming.OVERLAPS
     streaming.OVERLAPS = before if way == "beside" else ()
     try:
-        list(sample_indices(pipeline, range(clips), lambda index: 0, config, shows=False))
+        list(streaming.sample_indices(pipeline, range(clips), lambda index: 0, config, shows=False))
         began = time.monotonic()
-        list(sample_indices(pipeline, range(BATCHES * clips), lambda index: 0, config, shows=False))
+        list(streaming.sample_indices(pipeline, range(BATCHES * clips), lambda index: 0, config, shows=False))
         return {"seconds": (time.monotonic() - began) / (BATCHES * clips)}
     finally:
         streaming.OVERLAPS = before
