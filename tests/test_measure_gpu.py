@@ -34,12 +34,13 @@ def test_the_sampler_that_graphs_hold_gives_the_pipeline_s_latents():
 
 def test_every_way_to_compute_a_piece_computes_the_same():
     torch.manual_seed(0)
-    for name, ways, inputs, moved, _ in pieces_of(TINY, CPU, 2):
-        plain = [way for way in ways if not way.startswith("kernel") and way not in ("compiled", "linear alone")]
-        results = [ways[way](*inputs[0]) for way in plain]
+    for piece in pieces_of(TINY, CPU, 2):
+        plain = [way for way in piece.ways if not way.startswith("kernel") and way not in ("compiled", "linear alone")]
+        inputs = piece.inputs()[0]
+        results = [piece.ways[way](*inputs) for way in plain]
         results = [result[1] if isinstance(result, tuple) else result for result in results]
-        assert all(error(result, results[0].double()) < 1e-2 for result in results), name
-        assert moved > 0
+        assert all(error(result, results[0].double()) < 1e-2 for result in results), piece.name
+        assert piece.moved > 0
 
 
 def test_a_way_under_graphs_is_one_of_the_ways():
