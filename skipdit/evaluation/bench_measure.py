@@ -105,7 +105,7 @@ def _measure(plan: BenchPlan, tell: Callable[[str], None]) -> dict[str, ModeResu
     steps = {
         (mode, kind): stopwatch
         for mode, pipeline in pipelines.items()
-        for kind, stopwatch in _step_stopwatches(pipeline.transformer, plan).items()
+        for kind, stopwatch in _step_stopwatches(pipeline, plan).items()
     }
     time_in_turns(steps, WARM_UP_PAIRS)
     took = time_in_turns(steps, plan.repeats)
@@ -177,19 +177,24 @@ def _pipelines(plan: BenchPlan) -> dict[str, SkipPipeline]:
     return pipelines
 
 
-def _step_stopwatches(model: SkipBackbone, plan: BenchPlan) -> dict[str, Callable[[], float]]:
+def _step_stopwatches(pipeline: SkipPipeline, plan: BenchPlan) -> dict[str, Callable[[], float]]:
     """A full and a reused forward, called as the pipeline's loop calls them."""
-    batch = plan.input_shape[0]
+    model, batch = pipeline.transformer, plan.input_shape[0]
     latents = torch.randn(plan.input_shape, device=plan.device, dtype=DTYPES[plan.dtype])
     labels = None if model.null_class is None else torch.zeros(batch, dtype=torch.long, device=plan.device)
-    inputs = latents, torch.tensor(500, device=plan.device).expand(batch), labels
-    features = model(*inputs, return_dict=False, shallow=plan.shallow)[1]
+    timesteps = torch.tensor([500], device=plan.device)
+    inputs = latents, timesteps[0].expand(batch), labels
+    step = pipeline._step_contexts(timesteps, batch if labels is None else labels, batch)
 
-    def full() -> object:
-        return model(*inputs, return_dict=False, shallow=plan.shallow)
+    def full() -> tuple[torch.Tensor, ...]:
+        with step(0):
+            return model(*inputs, return_dict=False, shallow=plan.shallow)
 
-    def reused() -> object:
-        return model(*inputs, return_dict=False, shallow=plan.shallow, deep_features=features)
+    features = full()[1]
+
+    def reused() -> tuple[torch.Tensor, ...]:
+        with step(0):
+            return model(*inputs, return_dict=False, shallow=plan.shallow, deep_features=features)
 
     return {"full": lambda: timed(full, plan.device), "reused": lambda: timed(reused, plan.device)}
 
