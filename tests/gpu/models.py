@@ -1,7 +1,6 @@
 """Forwards and training steps of the whole model: as it is, as `pipe.compile()` makes it, and in other ways."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,13 +64,13 @@ def wait(device: torch.device) -> None:
 # ---------------------------------------------------------------------- forwards
 
 
-def forwards(setting: Setting) -> Iterator[tuple[int, str]]:
+def forwards(setting: Setting) -> list[tuple[int, str]]:
     """Clips and way, in the order of their weight."""
-    for clips in setting.clips:
-        yield from ((clips, way) for way in (EAGER, SHIPPED))
+    one, four = setting.clips
     quick = [way for way in WAYS if WAYS[way][1] != "whole"]
-    for clips, ways in ((setting.clips[0], quick), (setting.clips[1], FOUR_CLIPS), (setting.clips[0], WAYS)):
-        yield from ((clips, way) for way in ways if way not in (EAGER, SHIPPED))
+    order = [(clips, way) for clips in (one, four) for way in (EAGER, SHIPPED)]
+    order += [(clips, way) for clips, ways in ((one, quick), (four, FOUR_CLIPS), (one, WAYS)) for way in ways]
+    return list(dict.fromkeys(order))
 
 
 @torch.no_grad()
@@ -82,7 +81,7 @@ def forward(setting: Setting, device: torch.device, note: Record) -> None:
         clips: note.prepare(f"B{2 * clips} float32", lambda c=clips: exact_output(setting, device, base, c))
         for clips in setting.clips
     }
-    for clips, way in dict.fromkeys(forwards(setting)):
+    for clips, way in forwards(setting):
         note.attempt(
             f"B{2 * clips} {way}",
             lambda c=clips, w=way: forward_way(setting, device, base, references[c], c, w),
