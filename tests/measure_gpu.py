@@ -6,9 +6,14 @@ TRITON_INTERPRET=1 python tests/measure_gpu.py --device cpu --preset tiny --outp
 Writes gpu.md, gpu.json and gpu.log. Every section is a process of its own with a limit of time: a crash, even one that
 loses the device, or a section that takes too long costs the rest nothing. Results are on the disk as soon as they
 exist.
+
+Needs what `pip install -e .` brings, of which only NEEDED for nearly all of it: where nothing can be downloaded, carry
+the wheels of those and put the folder they are installed to on PYTHONPATH. The two items "samples" of decoding also
+need omegaconf and av, and tell where these are missing.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,18 +24,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# Section -> share of the time, in the order of their weight.
+# What the sections import -> what is installed.
+NEEDED = {"torch": "torch", "diffusers": "diffusers", "einops": "einops", "numpy": "numpy", "PIL": "pillow"}
+# Section -> share of the time, about the seconds that its items of weight take on an H200; in the order of the run.
 SECTIONS = {
-    "rates": 25,
-    "correctness": 45,
-    "forward": 160,
-    "sampling": 85,
-    "training": 85,
-    "pieces": 60,
-    "breakdown": 45,
-    "decoding": 60,
+    "rates": 12,
+    "correctness": 35,
+    "forward": 115,
+    "sampling": 105,
+    "training": 55,
+    "breakdown": 20,
+    "decoding": 45,
+    "pieces": 32,
 }
-PARTS = "parts"  # folder of what the sections write, merged and removed at the end
+PARTS = "parts"  # folder of what the sections write and compile, merged and removed at the end
 START = 15  # seconds that a process needs before it measures
 LEAST = 15  # seconds without which a section is not worth its start
 
@@ -45,12 +52,13 @@ def time_for(waiting: list[str], left: float) -> float:
 def run_section(args: argparse.Namespace) -> None:
     """In the child: measure one section."""
     import torch
-    from gpu import breakdown, decoding, models, pieces
+    from gpu import breakdown, decoding, models, pieces, sampling
     from gpu.common import PRESETS, Record
 
     found = {
         **{name: getattr(pieces, name) for name in ("rates", "correctness", "pieces")},
-        **{name: getattr(models, name) for name in ("forward", "sampling", "training")},
+        **{name: getattr(models, name) for name in ("forward", "training")},
+        "sampling": sampling.sampling,
         "breakdown": breakdown.breakdown,
         "decoding": decoding.decoding,
     }
@@ -69,7 +77,11 @@ def start_section(name: str, seconds: float, args: argparse.Namespace) -> str:
     with log.open("w", encoding="utf-8") as stream:
         try:
             status = subprocess.run(
-                command, stdout=stream, stderr=subprocess.STDOUT, timeout=seconds + START, env=environment()
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=seconds + START,
+                env=environment(log.parent / f"compiled-{name}"),
             ).returncode
             ended = "ended" if status == 0 else f"ended with status {status}"
         except subprocess.TimeoutExpired:
@@ -80,10 +92,22 @@ def start_section(name: str, seconds: float, args: argparse.Namespace) -> str:
     return ended
 
 
-def environment() -> dict[str, str]:
-    """One cache of compiled code for all sections."""
+def environment(cache: Path) -> dict[str, str]:
+    """Every section starts without compiled code, so that its set-up is that of a first start."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache.resolve()), "TRITON_CACHE_DIR": str(cache.resolve() / "triton")}
+    return {**os.environ, **caches, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def missing() -> str:
+    """A sentence on packages that are not installed; "" if none is missing."""
+    names = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if not names:
+        return ""
+    return (
+        f"Not installed: {', '.join(names)}; run 'pip install -e .', or carry their wheels to this machine and put the "
+        "folder that they are installed to on PYTHONPATH."
+    )
 
 
 def main() -> int:
@@ -96,6 +120,9 @@ def main() -> int:
     parser.add_argument("--section", choices=tuple(SECTIONS), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if sentence := missing():
+        print(sentence, file=sys.stderr)
+        return 2
     if args.section:
         run_section(args)
         return 0

@@ -1,6 +1,9 @@
 """Seconds of a training step, eager and compiled, against the operations it must do; latents ready.
 
 python tests/measure_training.py --config configs/digits/train.yaml
+python tests/measure_training.py --config configs/ucf101/train.yaml --batch 4 mixed_precision=bf16 kernels=true
+
+The setting `kernels` counts, as in train.py; `compile` does not, for both are measured.
 """
 
 import argparse
@@ -13,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipdit.config import load_config
 from skipdit.diffusion import training_losses
+from skipdit.models.layers import use_kernels
 from skipdit.training.build import build_model
 from skipdit.training.config import TrainConfig
 from skipdit.training.diagnostics import matrix_rate, training_operations
@@ -23,6 +27,8 @@ def step_seconds(config: TrainConfig, batch: int, compiled: bool, repeats: int, 
     torch.manual_seed(0)
     model = build_model(config.model).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if config.kernels:
+        use_kernels(model, ("attention", "norm"))  # as the trainer does
     if compiled:
         model.compile()
     cfg = model.config

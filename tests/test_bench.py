@@ -19,8 +19,9 @@ from skipdit import (
     create_model,
     make_scheduler,
 )
+from skipdit.acceleration.modulation import HeldModulation
 from skipdit.cli import main
-from skipdit.evaluation.bench import add_arguments
+from skipdit.evaluation.bench import add_arguments, measure
 from skipdit.evaluation.bench.breakdown import make_parts
 from skipdit.evaluation.bench.measure import Timing, plain_pipeline, time_in_turns
 from skipdit.evaluation.bench.plan import make_plan
@@ -368,6 +369,22 @@ def test_operations_of_the_autoencoder(models, tmp_path, root):
         vae.decode(torch.randn(4, 4, 8, 8))
     assert part.operations == counter.get_total_flops()
     assert part.moved > 4 * sum(p.numel() for p in vae.decoder.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["latte", "free"])
+def test_fast_steps_run_as_in_the_pipeline_s_loop(name, models, tmp_path, monkeypatch):
+    """With adaLN's vectors of their step, which the loop computes ahead."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    held, run = [], HeldModulation.forward
+    monkeypatch.setattr(HeldModulation, "forward", lambda self, c: held.append(self.vectors) or run(self, c))
+    plan = planned(models[name], tmp_path)
+    pipeline = plain_pipeline(plan)
+    pipeline.compile()
+    steps = measure._step_stopwatches(pipeline, plan)
+    assert steps["full"]() > 0 and steps["reused"]() > 0
+    blocks = len(pipeline.transformer.blocks)
+    assert len(held) == 2 * (blocks + 1) + 4 * plan.shallow + 1 and all(vectors is not None for vectors in held)
 
 
 def test_against_the_plain_path(models, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # A unit (a module or folder right below skipdit/) may import units of earlier levels ...
 LEVELS = (
-    {"errors", "config", "files", "kernels", "__version__"},
+    {"errors", "config", "files", "kernels", "timing", "__version__"},
     {"models", "cache", "diffusion", "schedulers", "data"},
     {"pipelines", "acceleration", "checkpoints", "weights", "media", "operations"},
     {"training", "evaluation", "sampling", "registry", "convert"},

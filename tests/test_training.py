@@ -30,6 +30,8 @@ from skipdit.evaluation.networks import load_detector
 from skipdit.evaluation.sides import to_bytes
 from skipdit.evaluation.statistics import Moments
 from skipdit.files import only_call
+from skipdit.kernels import dispatch
+from skipdit.models.layers import Attention, Block, FinalLayer, Mlp
 from skipdit.operations import count_operations
 from skipdit.pipelines import SkipLattePipeline
 from skipdit.sampling.streaming import sample_generators
@@ -311,6 +313,24 @@ def test_resume_refuses_another_model(trainer):
 
 
 # ---------------------------------------------------------------------- what does not alter the training
+
+
+def test_kernels_reach_the_layers_and_alter_nothing_where_they_do_not_run(trainer, tmp_path, caplog):
+    """On a CPU the plain operations are taken, and told once for each kernel; either may be resumed as the other."""
+    dispatch._tell.cache_clear()
+    trainer("plain", "save_every=3").fit()
+    assert not caplog.messages
+    run = trainer("kernels", "kernels=true")
+    chosen = {type(module): module.kernels for module in run.module.modules() if hasattr(module, "kernels")}
+    assert chosen == dict.fromkeys((Attention, Mlp, Block, FinalLayer), ("attention", "norm"))
+    run.fit()
+    told = [line for line in caplog.messages if "kernel is not used, because cpu is not a CUDA device" in line]
+    assert len(told) == len(set(told)) >= 2
+    assert_same_state(final(tmp_path / "kernels"), final(tmp_path / "plain"))
+    assert [a["loss"] for a in log_of(tmp_path / "kernels")] == [a["loss"] for a in log_of(tmp_path / "plain")]
+    start = checkpointing.checkpoint_folder(tmp_path / "plain", 3)
+    trainer("resumed", f"resume={start}", "kernels=true").fit()
+    assert_same_state(final(tmp_path / "resumed"), final(tmp_path / "plain"))
 
 
 def test_previews_and_saves_do_not_alter_the_training(trainer, tmp_path):

@@ -45,7 +45,7 @@ MAY_MOVE = [
 FREE = (
     "resume output log_every save_every keep_last export_dtype tracker preview max_dropped_steps "
     "init.from_ init.weights data.num_workers data.encode_batch data.precompute_latents "
-    "compile gradient_checkpointing micro_batch_size keep_every diagnostics fvd ema.on_cpu tf32 vae "
+    "compile kernels gradient_checkpointing micro_batch_size keep_every diagnostics fvd ema.on_cpu tf32 vae "
     "data.arguments.root data.arguments.image_root data.arguments.index data.arguments.cache_dir"
 ).split()
 

@@ -144,6 +144,9 @@ class TrainConfig:
     mixed_precision: str = "no"  # no, bf16 or fp16
     tf32: bool = True  # float32 products on the matrix units of NVIDIA GPUs from Ampere on
     compile: bool = False
+    # Attention, norm and gate kernels where they run: CUDA cards of compute capability 8.0 or more with Triton. Off by
+    # default until they have been measured on one.
+    kernels: bool = False
     gradient_checkpointing: bool = False
 
     log_every: int = 100

@@ -19,6 +19,7 @@ from ..config import save_config
 from ..data.latents import hash_weights
 from ..errors import UserError
 from ..files import check_writable, only_call
+from ..models.layers import use_kernels
 from ..pipelines import SkipPipeline
 from . import checkpointing, diagnostics, samples
 from .batches import BatchLosses
@@ -104,6 +105,8 @@ class Trainer:
             torch.set_float32_matmul_precision("high")
         if cfg.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if cfg.kernels:
+            use_kernels(model, ("attention", "norm"))  # the MLP's has no gradient
         if cfg.compile:
             model.compile()  # in place, so that parameter names stay as they are
         optimizer = build_optimizer(model.train(), cfg.optimizer, self.loaded)

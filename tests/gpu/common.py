@@ -6,7 +6,8 @@ import math
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import torch
 
 from skipdit import create_model
 from skipdit.acceleration.graphs import record_on_cuda
-from skipdit.evaluation.bench.measure import timed
 from skipdit.files import written_whole
 from skipdit.models import SkipBackbone
 from skipdit.models.layers import use_float8, use_kernels
+from skipdit.timing import timed
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,17 @@ def device_seconds(
 # ---------------------------------------------------------------------- errors
 
 
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """For references: convolutions in float32 too, which cuDNN would round to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def error(found: torch.Tensor, reference: torch.Tensor) -> float:
     """Relative error in the Euclidean norm, computed in float64."""
     reference = reference.detach().double()
@@ -167,8 +179,12 @@ class Record:
         self.deadline = time.monotonic() + seconds
         self.results: dict[str, Any] = {"items": {}, "errors": {}, "skipped": []}
 
-    def attempt(self, name: str, measure: Callable[[], Any], seconds: float = 0) -> Any:
-        """Run `measure` and keep what it returns, or why it failed; leave it out if `seconds` are not left.
+    def prepare(self, name: str, make: Callable[[], Any]) -> Any:
+        """What other items use, such as a reference, or None; only that it failed is recorded."""
+        return self.attempt(name, make, keep=False)
+
+    def attempt(self, name: str, measure: Callable[[], Any], seconds: float = 0, keep: bool = True) -> Any:
+        """Run `measure` and record what it returns, or why it failed; leave it out if `seconds` are not left.
 
         Returns:
             The result, or None.
@@ -180,7 +196,8 @@ class Record:
             try:
                 began = time.monotonic()
                 result = measure()
-                self.results["items"][name] = result
+                if keep:
+                    self.results["items"][name] = result
                 print(f"  {name}: {time.monotonic() - began:.1f} s", flush=True)
             except Exception as problem:  # the other items count too
                 self.results["errors"][name] = {

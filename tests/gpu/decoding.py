@@ -8,23 +8,19 @@ from diffusers import AutoencoderKL
 
 from skipdit import SkipCacheConfig, SkipLattePipeline, make_scheduler
 from skipdit.acceleration.undoing import recast, turn_on_compiled
-from skipdit.sampling import streaming
-from skipdit.sampling.config import SampleConfig
-from skipdit.sampling.streaming import sample_indices
 
-from .common import Record, Setting, build, error, median_seconds, variant
-from .models import expected_seconds
+from .common import Record, Setting, build, error, exact_float32, median_seconds, variant
 
 BATCHES = 4
 # Name -> dtype, channels last, compiled.
 WAYS = {
-    "float32": (torch.float32, False, False),
-    "float32, channels last": (torch.float32, True, False),
     "bfloat16": (torch.bfloat16, False, False),
     "bfloat16, channels last": (torch.bfloat16, True, False),
+    "float32": (torch.float32, False, False),
+    "float32, channels last": (torch.float32, True, False),
     "bfloat16, channels last, compiled": (torch.bfloat16, True, True),
-    "float32, channels last, compiled": (torch.float32, True, True),
 }
+SECONDS = 30.0  # that compiling the decoder takes on a card
 
 
 def autoencoder(setting: Setting, device: torch.device) -> AutoencoderKL:
@@ -50,18 +46,24 @@ def decoding(setting: Setting, device: torch.device, note: Record) -> None:
     over = dict(setting.overrides)
     torch.manual_seed(1)
     latents = torch.randn(over["num_frames"], 4, over["sample_size"], over["sample_size"], device=device)
-    reference = vae.decode(latents, return_dict=False)[0]
-    for way in WAYS:
-        seconds = expected_seconds("blocks" if WAYS[way][2] else None, device)
-        note.attempt(f"decode: {way}", lambda w=way: decode_way(vae, latents, reference, w, setting), seconds=seconds)
-    pipeline = whole_pipeline(setting, device, vae)
-    for way in ("after", "beside"):
+    reference = note.prepare("float32, exact", lambda: exact_frames(vae, latents))
+    for way, (_, _, compiled) in WAYS.items():
+        seconds = SECONDS if compiled and device.type == "cuda" else 0.0
+        note.attempt(f"decode: {way}", lambda w=way: decode_way(vae, latents, reference, w, setting), seconds)
+    pipeline = note.prepare("samples: pipeline", lambda: whole_pipeline(setting, device, vae))
+    for way in ("after", "beside") if pipeline is not None else ():
         note.attempt(f"samples: {way}", lambda w=way: sample_way(pipeline, setting, w), seconds=8)
 
 
+def exact_frames(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    with exact_float32():
+        return vae.decode(latents, return_dict=False)[0]
+
+
 def decode_way(
-    vae: AutoencoderKL, latents: torch.Tensor, reference: torch.Tensor, way: str, setting: Setting
+    vae: AutoencoderKL, latents: torch.Tensor, reference: torch.Tensor | None, way: str, setting: Setting
 ) -> dict[str, Any]:
+    """Seconds, set-up, error (None without a reference)."""
     dtype, channels_last, compiled = WAYS[way]
     back = [recast(vae, dtype, channels_last)]
     if compiled:
@@ -75,7 +77,7 @@ def decode_way(
     finally:
         for undo in reversed(back):
             undo()
-    return {"seconds": seconds, "set_up": set_up, "error": error(found, reference)}
+    return {"seconds": seconds, "set_up": set_up, "error": None if reference is None else error(found, reference)}
 
 
 def whole_pipeline(setting: Setting, device: torch.device, vae: AutoencoderKL) -> SkipLattePipeline:
@@ -88,14 +90,17 @@ def whole_pipeline(setting: Setting, device: torch.device, vae: AutoencoderKL) -
 
 def sample_way(pipeline: SkipLattePipeline, setting: Setting, way: str) -> dict[str, float]:
     """Seconds a clip, from labels to pixels on the host; one batch warms up."""
+    from skipdit.sampling import streaming
+    from skipdit.sampling.config import SampleConfig
+
     clips = setting.clips[0]
     config = SampleConfig(model="given", total=BATCHES * clips, batch_size=clips, steps=setting.steps)
     before = streaming.OVERLAPS
     streaming.OVERLAPS = before if way == "beside" else ()
     try:
-        list(sample_indices(pipeline, range(clips), lambda index: 0, config, shows=False))
+        list(streaming.sample_indices(pipeline, range(clips), lambda index: 0, config, shows=False))
         began = time.monotonic()
-        list(sample_indices(pipeline, range(BATCHES * clips), lambda index: 0, config, shows=False))
+        list(streaming.sample_indices(pipeline, range(BATCHES * clips), lambda index: 0, config, shows=False))
         return {"seconds": (time.monotonic() - began) / (BATCHES * clips)}
     finally:
         streaming.OVERLAPS = before

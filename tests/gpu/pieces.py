@@ -1,10 +1,13 @@
 """The hardware's own rates, the kernels' errors and times, piece by piece."""
 
 import importlib.util
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -115,51 +118,43 @@ def correctness(setting: Setting, device: torch.device, note: Record) -> None:
         note.attempt("kernels", lambda: {"left out": kernels.available(device)[1]})
         return
     for dtype in DTYPES[::-1]:
-        for name, plain, fused, inputs in cases(setting, device, dtype):
-            note.attempt(f"{name} {dtype}", lambda p=plain, f=fused, i=inputs, d=dtype: compare(p, f, i, d), seconds=3)
+        for name, plain, fused, make in cases(setting, device, dtype):
+            note.attempt(f"{name} {dtype}", lambda p=plain, f=fused, m=make, d=dtype: compare(p, f, m(), d), seconds=3)
 
 
 def cases(
     setting: Setting, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable, Callable, tuple[torch.Tensor, ...]]]:
-    """Name, plain function, kernel, inputs: at the model's sizes and at awkward ones."""
-    sizes = setting.sizes
-    model = (2, sizes["frames"], sizes["patches"], 3, sizes["heads"], sizes["width"] // sizes["heads"])
+) -> Iterator[tuple[str, Callable, Callable, Callable[[], tuple[torch.Tensor, ...]]]]:
+    """Name, plain function, kernel, what makes inputs: at the model's sizes and at awkward ones."""
+    s = setting.sizes
+    model = (2, s["frames"], s["patches"], 3, s["heads"], s["width"] // s["heads"])
     for shape in (model, (1, 5, 3, 3, 2, 40), (1, 16, 7, 3, 3, 64)):
-        yield (
-            f"attention {shape}",
-            lambda qkv: kernels.attention(qkv, -3),
-            lambda qkv: short_attention(qkv, 1),
-            (torch.randn(shape, device=device).to(dtype),),
-        )
+        yield f"attention {shape}", *attention_case(-3, 1, shape, device, dtype)
     if dtype != torch.float32:  # what the kernel takes there
-        yield (
-            "attention over 64 patches",
-            lambda qkv: kernels.attention(qkv, -2),
-            lambda qkv: short_attention(qkv, 2),
-            (torch.randn(1, 2, 64 if device.type == "cuda" else 17, 3, 2, 72, device=device).to(dtype),),
-        )
-    for shape in ((2, *model[1:3], sizes["width"]), (3, 5, 7, 48)):
-        x, y = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-        vectors = torch.randn(shape[0], 1, 1, 3 * shape[-1], device=device).to(dtype).chunk(3, dim=-1)
-        yield (
-            f"norm_modulate {shape}",
-            kernels.norm_modulate,
-            lambda x, *v, d=dtype: _norm_modulate(x, *v, 1e-6, d),
-            (x, *vectors[:2]),
-        )
-        yield (
-            f"gate_residual {shape}",
-            kernels.gate_residual,
-            lambda x, g, y, d=dtype: _gate_residual(x, g, y, d),
-            (x, vectors[0], y),
-        )
-        yield (
-            f"gate_residual_norm {shape}",
-            kernels.gate_residual_norm,
-            lambda x, g, y, *v, d=dtype: _gate_residual_norm(x, g, y, *v, 1e-6, d, d),
-            (x, vectors[0], y, *vectors[1:]),
-        )
+        shape = (1, 2, 64 if device.type == "cuda" else 17, 3, 2, 72)
+        yield "attention over 64 patches", *attention_case(-2, 2, shape, device, dtype)
+    norms = (
+        ("norm_modulate", (0, 3, 4), lambda x, *v: _norm_modulate(x, *v, 1e-6, dtype)),
+        ("gate_residual", (0, 1, 2), lambda x, gate, y: _gate_residual(x, gate, y, dtype)),
+        ("gate_residual_norm", range(5), lambda *args: _gate_residual_norm(*args, 1e-6, dtype, dtype)),
+    )
+    for shape in ((2, s["frames"], s["patches"], s["width"]), (3, 5, 7, 48)):
+        for name, taken, fused in norms:
+            make = lambda shape=shape, taken=taken: itemgetter(*taken)(norm_inputs(shape, device, dtype))  # noqa: E731
+            yield f"{name} {shape}", getattr(kernels, name), fused, make
+
+
+def attention_case(axis: int, place: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple:
+    """Attention along an axis of queries, keys and values [B, F, P, 3, H, d]; the kernel counts axes from the front."""
+    make = lambda: (torch.randn(shape, device=device).to(dtype),)  # noqa: E731
+    return lambda qkv: kernels.attention(qkv, axis), lambda qkv: short_attention(qkv, place), make
+
+
+def norm_inputs(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Hidden states, gate, what a branch adds, shift and scale; vectors are one a sample."""
+    x, y = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    gate, shift, scale = torch.randn(shape[0], 1, 1, 3 * shape[-1], device=device).to(dtype).chunk(3, dim=-1)
+    return x, gate, y, shift, scale
 
 
 def compare(
@@ -194,64 +189,40 @@ def pieces(setting: Setting, device: torch.device, note: Record) -> None:
     """Every way to compute each piece, in bf16; bytes are those that must move, operations those of matrix units."""
     fast = runs_kernels(device)
     for clips in setting.clips:
-        for name, ways, inputs, moved, operations in pieces_of(setting, device, 2 * clips):
-            for way, call in ways.items():
+        for piece in pieces_of(setting, device, 2 * clips):
+            for way, call in piece.ways.items():
                 if fast or not way.startswith("kernel"):
-                    key = f"B{2 * clips} {name}: {way}"
-                    note.attempt(
-                        key,
-                        lambda c=call, i=inputs, m=moved, o=operations: {
-                            **device_seconds(c, i, device, setting.repeats), "bytes": m, "operations": o
-                        },
-                        seconds=2,
-                    )  # fmt: skip
+                    name = f"B{2 * clips} {piece.name}: {way}"
+                    note.attempt(name, lambda p=piece, c=call: piece_way(p, c, device, setting), seconds=2)
 
 
-def pieces_of(setting: Setting, device: torch.device, batch: int) -> Iterator[tuple]:
-    """Name, way -> call, inputs, bytes, operations."""
-    s, half = setting.sizes, torch.bfloat16
-    frames, patches, width, heads = s["frames"], s["patches"], s["width"], s["heads"]
+@dataclass(frozen=True)
+class Piece:
+    """One kind of work: ways to do it, what makes copies of their arguments, bytes that must move, operations."""
 
-    def some(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device).to(half)
+    name: str
+    ways: dict[str, Callable]
+    inputs: Callable[[], list[tuple[torch.Tensor, ...]]]
+    moved: int
+    operations: int
 
-    values = batch * frames * patches * width
-    qkvs = [(some(batch, frames, patches, 3, heads, width // heads),) for _ in range(COPIES)]
-    ways = {"transposed copies and SDPA": lambda qkv: kernels.attention(qkv, -3)}
-    for warps in (1, 2, 4):
-        ways[f"kernel, {warps} warps"] = lambda qkv, w=warps: triton_attention(qkv, w)
-    yield "temporal attention", ways, qkvs, 8 * values, 4 * values * frames
 
-    ways = {"as chosen by PyTorch": lambda qkv: kernels.attention(qkv, -2)}
-    if patches <= 64:
-        ways["kernel"] = lambda qkv: short_attention(qkv, 2)
-    for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        if device.type == "cuda" or backend == "MATH":
-            ways[backend] = lambda qkv, b=backend: with_backend(qkv, getattr(SDPBackend, b))
-    yield "spatial attention", ways, qkvs, 8 * values, 4 * values * patches
-    del qkvs
+def piece_way(piece: Piece, call: Callable, device: torch.device, setting: Setting) -> dict[str, Any]:
+    took = device_seconds(call, piece.inputs(), device, setting.repeats)
+    return {**took, "bytes": piece.moved, "operations": piece.operations}
 
-    def norm_inputs() -> tuple[torch.Tensor, ...]:
-        x, y = (some(batch, frames, patches, width) for _ in range(2))
-        return (x, y, *some(batch, 1, 1, 3 * width).chunk(3, dim=-1))
 
-    inputs = [norm_inputs() for _ in range(COPIES)]
-    plain: dict[str, Callable] = {
-        "LayerNorm + modulate": lambda x, y, gate, shift, scale: kernels.norm_modulate(x, shift, scale),
-        "gate + residual": lambda x, y, gate, shift, scale: kernels.gate_residual(x, gate, y),
-        "gate + residual + norm": lambda x, y, gate, shift, scale: kernels.gate_residual_norm(x, gate, y, shift, scale),
-    }
-    for (name, function), tensors in zip(plain.items(), (2, 3, 4), strict=True):
-        ways = {"eager": function, "compiled": torch.compile(function, dynamic=False)}
-        for rows in (1, 2, 4, 8):
-            ways[f"kernel, {rows} rows"] = lambda *args, n=name, r=rows: triton_norms(n, r, *args)
-        yield name, ways, inputs, tensors * 2 * values, 0
-    del inputs
+def pieces_of(setting: Setting, device: torch.device, batch: int) -> Iterator[Piece]:
+    """Nothing lies on the device until inputs are asked for."""
+    yield from attention_pieces(setting, device, batch)
+    yield from norm_pieces(setting, device, batch)
+    s = setting.sizes
+    rows, width, hidden = batch * s["frames"] * s["patches"], s["width"], s["hidden"]
 
-    hidden = s["hidden"]
-    weight, bias = some(hidden, width), some(hidden)
-    rows = values // width
-    inputs = [(some(rows, width), weight, bias) for _ in range(2)]
+    def inputs() -> list[tuple[torch.Tensor, ...]]:
+        weight, bias = (torch.randn(n, device=device).to(torch.bfloat16) for n in ((hidden, width), (hidden,)))
+        return [(torch.randn(rows, width, device=device).to(torch.bfloat16), weight, bias) for _ in range(2)]
+
     ways = {
         "linear alone": F.linear,
         "eager": kernels.linear_gelu,
@@ -259,7 +230,49 @@ def pieces_of(setting: Setting, device: torch.device, batch: int) -> Iterator[tu
         "epilogue": _linear_gelu,
     }
     moved = 2 * (rows * (width + hidden) + width * hidden)
-    yield "linear + GELU", ways, inputs, moved, 2 * rows * width * hidden
+    yield Piece("linear + GELU", ways, inputs, moved, 2 * rows * width * hidden)
+
+
+def attention_pieces(setting: Setting, device: torch.device, batch: int) -> Iterator[Piece]:
+    s = setting.sizes
+    frames, patches, width, heads = s["frames"], s["patches"], s["width"], s["heads"]
+    values = batch * frames * patches * width
+    shape = (batch, frames, patches, 3, heads, width // heads)
+
+    def inputs() -> list[tuple[torch.Tensor, ...]]:
+        return [(torch.randn(shape, device=device).to(torch.bfloat16),) for _ in range(COPIES)]
+
+    ways: dict[str, Callable] = {"transposed copies and SDPA": lambda qkv: kernels.attention(qkv, -3)}
+    for warps in (1, 2, 4):
+        ways[f"kernel, {warps} warps"] = lambda qkv, w=warps: triton_attention(qkv, w)
+    yield Piece("temporal attention", ways, inputs, 8 * values, 4 * values * frames)
+
+    ways = {"as chosen by PyTorch": lambda qkv: kernels.attention(qkv, -2)}
+    if patches <= 64:
+        ways["kernel"] = lambda qkv: short_attention(qkv, 2)
+    for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        if device.type == "cuda" or backend == "MATH":
+            ways[backend] = lambda qkv, b=backend: with_backend(qkv, getattr(SDPBackend, b))
+    yield Piece("spatial attention", ways, inputs, 8 * values, 4 * values * patches)
+
+
+def norm_pieces(setting: Setting, device: torch.device, batch: int) -> Iterator[Piece]:
+    s = setting.sizes
+    shape = (batch, s["frames"], s["patches"], s["width"])
+
+    def inputs() -> list[tuple[torch.Tensor, ...]]:
+        return [norm_inputs(shape, device, torch.bfloat16) for _ in range(COPIES)]
+
+    plain: dict[str, Callable] = {
+        "LayerNorm + modulate": lambda x, gate, y, shift, scale: kernels.norm_modulate(x, shift, scale),
+        "gate + residual": lambda x, gate, y, shift, scale: kernels.gate_residual(x, gate, y),
+        "gate + residual + norm": kernels.gate_residual_norm,
+    }
+    for (name, function), tensors in zip(plain.items(), (2, 3, 4), strict=True):
+        ways = {"eager": function, "compiled": torch.compile(function, dynamic=False)}
+        for rows in (1, 2, 4, 8):
+            ways[f"kernel, {rows} rows"] = lambda *args, n=name, r=rows: triton_norms(n, r, *args)
+        yield Piece(name, ways, inputs, tensors * 2 * math.prod(shape), 0)
 
 
 def triton_attention(qkv: torch.Tensor, warps: int) -> torch.Tensor:
@@ -268,7 +281,7 @@ def triton_attention(qkv: torch.Tensor, warps: int) -> torch.Tensor:
     return forward(qkv, 1, num_warps=warps)
 
 
-def triton_norms(name: str, rows: int, x, y, gate, shift, scale) -> object:
+def triton_norms(name: str, rows: int, x, gate, y, shift, scale) -> object:
     from skipdit.kernels import norm_triton
 
     dtype = x.dtype

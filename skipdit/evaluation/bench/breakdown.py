@@ -20,8 +20,9 @@ from ...models import SkipBackbone
 from ...models.layers import NORM_EPS, Block
 from ...operations import TIMESTEP_FREQUENCIES
 from ...pipelines import SkipPipeline, guide
+from ...timing import timed
 from ...weights import DTYPES
-from .measure import Timing, enough_memory, plain_pipeline, time_in_turns, timed
+from .measure import Timing, enough_memory, plain_pipeline, time_in_turns
 from .plan import BenchPlan
 
 __all__ = ["Breakdown", "Part", "make_parts", "measure_breakdown", "measure_rates"]

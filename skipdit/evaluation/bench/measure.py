@@ -2,7 +2,6 @@
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from ...errors import UserError
 from ...models import SkipBackbone
 from ...pipelines import SkipDiTPipeline, SkipLattePipeline, SkipPipeline
 from ...schedulers import make_scheduler
+from ...timing import timed
 from ...weights import DTYPES
 from .plan import BenchPlan
 
-__all__ = ["ModeResult", "Timing", "enough_memory", "measure", "plain_pipeline", "time_in_turns", "timed"]
+__all__ = ["ModeResult", "Timing", "enough_memory", "measure", "plain_pipeline", "time_in_turns"]
 
 WARM_UP_PAIRS = 2
 WARM_UP_STEPS = 4  # few, but with full and reused steps in every published window
@@ -54,22 +54,6 @@ class ModeResult:
     sampling: dict[int, Timing]
     difference: dict[int, float]
     choices: str = ""
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, by events on the device's stream where it is a CUDA device."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
 
 
 def time_in_turns(stopwatches: Mapping[object, Callable[[], float]], rounds: int) -> dict[object, Timing]:
@@ -121,7 +105,7 @@ def _measure(plan: BenchPlan, tell: Callable[[str], None]) -> dict[str, ModeResu
     steps = {
         (mode, kind): stopwatch
         for mode, pipeline in pipelines.items()
-        for kind, stopwatch in _step_stopwatches(pipeline.transformer, plan).items()
+        for kind, stopwatch in _step_stopwatches(pipeline, plan).items()
     }
     time_in_turns(steps, WARM_UP_PAIRS)
     took = time_in_turns(steps, plan.repeats)
@@ -193,19 +177,24 @@ def _pipelines(plan: BenchPlan) -> dict[str, SkipPipeline]:
     return pipelines
 
 
-def _step_stopwatches(model: SkipBackbone, plan: BenchPlan) -> dict[str, Callable[[], float]]:
+def _step_stopwatches(pipeline: SkipPipeline, plan: BenchPlan) -> dict[str, Callable[[], float]]:
     """A full and a reused forward, called as the pipeline's loop calls them."""
-    batch = plan.input_shape[0]
+    model, batch = pipeline.transformer, plan.input_shape[0]
     latents = torch.randn(plan.input_shape, device=plan.device, dtype=DTYPES[plan.dtype])
     labels = None if model.null_class is None else torch.zeros(batch, dtype=torch.long, device=plan.device)
-    inputs = latents, torch.tensor(500, device=plan.device).expand(batch), labels
-    features = model(*inputs, return_dict=False, shallow=plan.shallow)[1]
+    timesteps = torch.tensor([500], device=plan.device)
+    inputs = latents, timesteps[0].expand(batch), labels
+    step = pipeline._step_contexts(timesteps, batch if labels is None else labels, batch)
 
-    def full() -> object:
-        return model(*inputs, return_dict=False, shallow=plan.shallow)
+    def full() -> tuple[torch.Tensor, ...]:
+        with step(0):
+            return model(*inputs, return_dict=False, shallow=plan.shallow)
 
-    def reused() -> object:
-        return model(*inputs, return_dict=False, shallow=plan.shallow, deep_features=features)
+    features = full()[1]
+
+    def reused() -> tuple[torch.Tensor, ...]:
+        with step(0):
+            return model(*inputs, return_dict=False, shallow=plan.shallow, deep_features=features)
 
     return {"full": lambda: timed(full, plan.device), "reused": lambda: timed(reused, plan.device)}
 
