@@ -375,7 +375,7 @@ def test_operations_of_the_autoencoder(models, tmp_path, root):
 @pytest.mark.parametrize("name", ["latte", "free"])
 def test_fast_steps_run_as_in_the_pipeline_s_loop(name, models, tmp_path, monkeypatch):
     """With adaLN's vectors of their step, which the loop computes ahead."""
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("skipdit.acceleration.choice.compiler_for", lambda device: ("", "it takes seconds"))
     held, run = [], HeldModulation.forward
     monkeypatch.setattr(HeldModulation, "forward", lambda self, c: held.append(self.vectors) or run(self, c))
     plan = planned(models[name], tmp_path)
