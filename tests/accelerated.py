@@ -1,9 +1,16 @@
 """What the tests of acceleration share: quiet pipelines, and their samples from fixed noise."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
+from replaying import replaying
 from tiny_pipelines import tiny_pipeline
 
 from skipdit import SkipCacheConfig
+from skipdit.acceleration.graphs import GraphedForward
+from skipdit.acceleration.modulation import Modulations
+from skipdit.acceleration.turning_on import Acceleration, graphed
 
 OFF = dict.fromkeys(("blocks", "modulation", "decoder"), False)
 CACHE = SkipCacheConfig(interval=3, start=1000, stop=0)
@@ -31,3 +38,16 @@ def cached(pipe, on: bool):
     if on:
         pipe.transformer.enable_cache(CACHE)
     return pipe
+
+
+@contextmanager
+def recorded(pipe, modulation: bool = False, record=replaying) -> Iterator[GraphedForward]:
+    """A pipeline as `compile(graphs=True)` makes it on a CUDA device."""
+    model = pipe.transformer
+    modulations = Modulations(model) if modulation else None
+    with graphed(model, modulations, record=record) as forward:
+        pipe._acceleration = Acceleration(model, [], ExitStack(), modulations, forward)
+        yield forward
+        pipe._acceleration = None
+    if modulations:
+        modulations.undo()

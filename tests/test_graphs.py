@@ -5,35 +5,18 @@ The recorder replays kernels on the memory that they were recorded on and runs n
 
 import copy
 import gc
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from threading import Thread
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from accelerated import CACHE, OFF, TOLERANCE, cached, quiet, relative, samples
+from accelerated import CACHE, OFF, TOLERANCE, cached, quiet, recorded, relative, samples
 from diffusers import FirstBlockCacheConfig
 from replaying import replaying
 from torch import nn
 
 from skipdit import SkipLattePipeline, make_scheduler
 from skipdit.acceleration.graphs import MOST_GRAPHS, GraphedForward, fingerprint
-from skipdit.acceleration.modulation import Modulations
-from skipdit.acceleration.turning_on import Acceleration, graphed
-
-
-@contextmanager
-def recorded(pipe, modulation: bool = False, record=replaying) -> Iterator[GraphedForward]:
-    """A pipeline as `compile(graphs=True)` makes it on a CUDA device."""
-    model = pipe.transformer
-    modulations = Modulations(model) if modulation else None
-    with graphed(model, modulations, record=record) as forward:
-        pipe._acceleration = Acceleration(model, [], ExitStack(), modulations, forward)
-        yield forward
-        pipe._acceleration = None
-    if modulations:
-        modulations.undo()
 
 
 def inputs_of(batch: int = 2) -> tuple[torch.Tensor, ...]:

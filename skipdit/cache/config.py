@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from .policy import IntervalPolicy, RefreshPolicy, StepListPolicy
 
-_SPELLING = re.compile(r"N(\d+)(?:-(\d+)-(\d+))?", re.IGNORECASE)
+_SPELLING = re.compile(r"N(\d+)(?:-(\d+)-(\d+))?(?:-F(\d+))?", re.IGNORECASE)
+MOST_ORDER = 2  # a cubic was worse than a parabola by up to 10 dB where few steps run in full (docs/benchmarks.md)
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,6 +21,9 @@ class SkipCacheConfig:
         stop: After a step with timestep < stop everything is forgotten, so the steps below it run in full.
         full_steps: Instead of the interval rule, the indices of the sampler steps that run in full. `interval`,
             `start` and `stop` then have no say.
+        forecast: Order of the polynomial in the step index that continues the remembered tensors to a reused step: 0
+            holds the last as published, 1 is a line through two, 2 a parabola through three. While fewer are
+            remembered the order is lower.
 
     Raises:
         ValueError: A value is out of range.
@@ -34,6 +38,7 @@ class SkipCacheConfig:
     start: float = 900
     stop: float = 50
     full_steps: tuple[int, ...] | None = None
+    forecast: int = 0
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -42,12 +47,19 @@ class SkipCacheConfig:
             raise ValueError(f"shallow={self.shallow} must be 1 or more: the first and last units always run.")
         if not 0 <= self.stop <= self.start <= 1000:
             raise ValueError(f"stop={self.stop} and start={self.start} must satisfy 0 <= stop <= start <= 1000.")
+        if self.forecast not in range(MOST_ORDER + 1):
+            raise ValueError(f"forecast={self.forecast} must be 0 (hold), 1 (a line) or {MOST_ORDER} (a parabola).")
         if self.full_steps is not None:
             object.__setattr__(self, "full_steps", tuple(sorted(set(self.full_steps))))
 
     @classmethod
-    def parse(cls, text: str, shallow: int = 1) -> "SkipCacheConfig":
-        """Read "N<interval>-<start>-<stop>", such as "N2-700-50", or "N<interval>" with the default window.
+    def parse(cls, text: str, shallow: int = 1, start: float = 900, stop: float = 50) -> "SkipCacheConfig":
+        """Read "N<interval>-<start>-<stop>", such as "N2-700-50", or "N<interval>"; "-F<order>" may follow either.
+
+        Args:
+            text: The setting; "N3-900-50-F2" forecasts by a parabola.
+            shallow: As above; the text does not say it.
+            start, stop: The window if the text leaves it out.
 
         Raises:
             ValueError: The text is spelled otherwise, or a value is out of range.
@@ -55,11 +67,13 @@ class SkipCacheConfig:
         match = _SPELLING.fullmatch(text.strip())
         if not match:
             raise ValueError(
-                f"Cache setting {text!r} is not spelled N<interval>-<start>-<stop>, for example N2-900-50."
+                f"Cache setting {text!r} is not spelled N<interval>-<start>-<stop>, for example N2-900-50, or with a "
+                "forecast N2-900-50-F2."
             )
-        interval, start, stop = match.groups()
-        window = {} if start is None else {"start": int(start), "stop": int(stop)}
-        return cls(interval=int(interval), shallow=shallow, **window)
+        interval, *window, order = match.groups()
+        if window[0] is not None:
+            start, stop = map(int, window)
+        return cls(int(interval), shallow, start, stop, forecast=int(order or 0))
 
     @classmethod
     def preset(cls, task: str, interval: int = 2) -> "SkipCacheConfig":
@@ -92,9 +106,10 @@ class SkipCacheConfig:
         return full
 
     def __str__(self) -> str:
+        order = f"-F{self.forecast}" if self.forecast else ""
         if self.full_steps is not None:
-            return f"full steps {','.join(map(str, self.full_steps))}"
-        return f"N{self.interval}-{self.start:g}-{self.stop:g}"
+            return f"full steps {','.join(map(str, self.full_steps))}{order}"
+        return f"N{self.interval}-{self.start:g}-{self.stop:g}{order}"
 
     def __repr__(self) -> str:
         return f"SkipCacheConfig({self}, shallow={self.shallow})"

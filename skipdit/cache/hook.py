@@ -6,6 +6,7 @@ import torch
 from diffusers.hooks.hooks import CacheContext, HookRegistry, ModelHook, StateManager
 
 from .config import SkipCacheConfig
+from .forecast import forecast
 from .state import CacheStats, SkipCacheState
 
 _HOOK_NAME = "skip_cache"
@@ -65,12 +66,13 @@ class SkipCacheHook(ModelHook):
         output = self.fn_ref.original_forward(
             hidden_states, *args, **kwargs, shallow=self.config.shallow, deep_features=features
         )
-        self.end_step(output[1])
+        if features is None:
+            self.end_step(output[1])
         return output[:1] if type(output) is tuple else output
 
     @torch.compiler.disable
     def begin_step(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Decide about this step: the features to reuse, or None for a full pass.
+        """Decide about this step: the features to reuse (held or forecast), or None for a full pass.
 
         Raises:
             RuntimeError: Gradients are enabled.
@@ -91,7 +93,7 @@ class SkipCacheHook(ModelHook):
         state = self._current_state(context, hidden_states)
         if context.step_index != state.step_index:  # else: another call within one step, same decision
             timestep = float(context.timestep)
-            state.full = state.features is None or self.policy.is_full(state.counter, context.step_index, timestep)
+            state.full = not state.remembered or self.policy.is_full(state.counter, context.step_index, timestep)
             state.counter += 1
             state.step_index, state.timestep = context.step_index, timestep
         counts = self._stats[context.name]
@@ -99,7 +101,7 @@ class SkipCacheHook(ModelHook):
             counts.full += 1
             return None
         counts.reused += 1
-        return state.features
+        return forecast(state.remembered, context.step_index)
 
     def _current_state(self, context: CacheContext, hidden_states: torch.Tensor) -> SkipCacheState:
         """The context's state, emptied where a new trajectory begins or the policy forgot after the last step."""
@@ -113,10 +115,12 @@ class SkipCacheHook(ModelHook):
             state.signature = signature
             self._stats[context.name] = CacheStats()
         elif context.step_index != state.step_index and self.policy.forgets(state.timestep):
-            state.features, state.counter = None, 0
+            state.remembered, state.counter = [], 0
         return state
 
     @torch.compiler.disable
     def end_step(self, features: torch.Tensor) -> None:
-        """Remember the features of a full pass (a reused pass hands back the ones it was given)."""
-        self.states.get_state().features = features
+        """Remember the features of a full pass beside those that a forecast takes with them."""
+        state: SkipCacheState = self.states.get_state()
+        earlier = [(step, kept) for step, kept in state.remembered if step != state.step_index]
+        state.remembered = [*earlier, (state.step_index, features)][-1 - self.config.forecast :]

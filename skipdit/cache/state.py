@@ -29,14 +29,14 @@ class SkipCacheState(BaseState):
     """State of one cache context (one per branch, if guidance runs its branches apart).
 
     Attributes:
-        features: The remembered tensor, or None.
+        remembered: Step index and tensor of the last full steps, the newest last; as many as a forecast needs.
         signature: Shape, dtype and device of the model input that it belongs to.
-        counter: Steps since the trajectory began or the features were last forgotten.
+        counter: Steps since the trajectory began or the tensors were last forgotten.
         step_index, timestep: Of the last step; None before the first.
         full: The decision of the last step, for samplers that call the model more than once a step.
     """
 
-    features: torch.Tensor | None = None
+    remembered: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     signature: tuple | None = None
     counter: int = 0
     step_index: int | None = None

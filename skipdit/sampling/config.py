@@ -31,7 +31,9 @@ class SampleConfig:
     sampler: str | None = setting(None, "ddim, ddpm, dpm++ or unipc; null: the pipeline's, ddim for a preset")
     guidance_scale: float | None = setting(None, "1: no guidance; null: the pipeline's (7 video, 4 images)")
     guidance_channels: int | None = setting(None, "guided latent channels; null: all for video, 3 for images")
-    cache: str = setting("off", "Skip-Cache: N2-900-50 (interval, start, stop), N2 (published window) or off")
+    cache: str = setting(
+        "off", "Skip-Cache: N2-900-50 (interval, start, stop), N2 (published window), either with -F1 or -F2, or off"
+    )
     cache_shallow: int | None = setting(None, "units kept at each end; null: as published (1 pair, 4 blocks)")
     dtype: str = setting("fp32", "fp32, bf16 or fp16")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")

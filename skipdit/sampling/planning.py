@@ -99,9 +99,7 @@ def parse_cache(config: SampleConfig, source: ModelSource) -> SkipCacheConfig | 
     published = SkipCacheConfig.preset("class-to-video" if source.is_video else "class-to-image")
     shallow = config.cache_shallow or published.shallow
     try:
-        cache = SkipCacheConfig.parse(config.cache, shallow)
-        if "-" not in config.cache:  # N3: the published window of the task
-            cache = SkipCacheConfig(cache.interval, shallow, published.start, published.stop)
+        cache = SkipCacheConfig.parse(config.cache, shallow, published.start, published.stop)
         source.model.check_paths(shallow, None)
     except ValueError as error:
         raise UserError(f"cache={config.cache}: {error} cache=off is without.") from error

@@ -89,7 +89,7 @@ class PreviewConfig:
     guidance_scale: float = 4.0
     sampler: str = "ddim"
     steps: int = 50
-    cache: list[str] = field(default_factory=lambda: ["off"])  # a grid each: off, or Skip-Cache such as N2-900-50
+    cache: list[str] = field(default_factory=lambda: ["off"])  # a grid each: off, N2-900-50, N3-900-50-F2
     seed: int = 0
 
 

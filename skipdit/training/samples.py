@@ -123,8 +123,7 @@ def _published(model: SkipBackbone, word: str) -> SkipCacheConfig:
     """ "N2-900-50", or "N2" with the published window of the task; as many units stay as published."""
     task = "class-to-video" if isinstance(model, SkipLatteTransformer3DModel) else "class-to-image"
     preset = SkipCacheConfig.preset(task)
-    cache = SkipCacheConfig.parse(word, preset.shallow)
-    return cache if "-" in word else SkipCacheConfig.preset(task, cache.interval)
+    return SkipCacheConfig.parse(word, preset.shallow, preset.start, preset.stop)
 
 
 def _grid(result, captions: list[str] | None) -> Pixels:

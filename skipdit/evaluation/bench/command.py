@@ -19,6 +19,7 @@ OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
     ("--size", int, None, "side in pixels (the model's own; 256 for a preset)"),
     ("--intervals", int, [2, 3, 4, 5, 6], "intervals N of Skip-Cache"),
     ("--shallow", int, None, "units that run at each end of a reused step (the task's published setting)"),
+    ("--forecast", int, 0, "order of the forecast of the reused tensor: 0 holds it, 1 a line, 2 a parabola"),
     ("--sampler", str, "ddim", "ddim, ddpm, dpm++ or unipc"),
     ("--steps", int, 50, "sampler steps"),
     ("--device", str, "auto", "auto, cpu, cuda or cuda:1"),

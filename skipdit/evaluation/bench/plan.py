@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +270,11 @@ def _caches(model: SkipBackbone, args: argparse.Namespace) -> dict[int, SkipCach
         model.check_paths(shallow, None)
     except ValueError as error:
         raise UserError(f"--model {args.model}: {error}") from error
-    window = {"shallow": shallow, "start": published.start, "stop": published.stop}
-    return {interval: SkipCacheConfig(interval, **window) for interval in sorted(set(args.intervals))}
+    try:
+        published = replace(published, shallow=shallow, forecast=args.forecast)
+    except ValueError as error:
+        raise UserError(f"--forecast: {error}") from error
+    return {interval: replace(published, interval=interval) for interval in sorted(set(args.intervals))}
 
 
 def _schedules(caches: dict[int, SkipCacheConfig], args: argparse.Namespace) -> dict[int, list[bool]]:

@@ -77,9 +77,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         list(range(first, min(first + config.batch_size, config.clips)))
         for first in range(0, config.clips, config.batch_size)
     ]
-    flops, rates = _pilot(contenders, sample, batches[0])
-    if config.equal_time:
-        contenders = contenders + _fewer_steps(contenders, rates)
+    flops = [count_flops(contender, sample) for contender in contenders]
+    _warm_up(contenders, sample, batches[0])
+    if config.equal_operations or config.equal_time:
+        costs = flops if config.equal_operations else _pilot(contenders, sample, batches[0])
+        contenders = contenders + _fewer_steps(contenders, costs)
         flops += [count_flops(contender, sample) for contender in contenders[len(flops) :]]
     with tqdm(total=len(contenders) * len(batches), desc="Comparing", disable=None) as bar:
         found = measure(contenders, sample, decode, batches, detector, metrics, lambda *_: bar.update())
@@ -233,7 +235,8 @@ def _contenders(
     contenders.append(Contender("no cache", "no cache", "skip", model, config.steps))
     for word in config.caches:
         cache = SkipCacheConfig.parse(word)
-        contenders.append(Contender(f"Skip-Cache {cache}", "Skip-Cache", "skip", model, config.steps, cache))
+        family = f"Skip-Cache, forecast of order {cache.forecast}" if cache.forecast else "Skip-Cache"
+        contenders.append(Contender(f"Skip-Cache {cache}", family, "skip", model, config.steps, cache))
     if "vanilla" not in pipelines:
         return contenders
     twin = pipelines["vanilla"]
@@ -252,26 +255,32 @@ def _contenders(
     return contenders
 
 
-def _pilot(contenders: list["Contender"], sample: Any, batch: list[int]) -> tuple[list[float], list[float]]:
-    """Operations of each contender, and its seconds for one batch after a first call that warms up."""
-    from .measure import attached, count_flops, timed
+def _warm_up(contenders: list["Contender"], sample: Any, batch: list[int]) -> None:
+    from .measure import attached
 
-    flops = [count_flops(contender, sample) for contender in contenders]
-    seconds = []
     for contender in contenders:
         with attached(contender):
             sample(contender.pipeline, min(2, contender.steps), batch)
+
+
+def _pilot(contenders: list["Contender"], sample: Any, batch: list[int]) -> list[float]:
+    """Seconds of each contender for one batch."""
+    from .measure import attached, timed
+
+    seconds = []
+    for contender in contenders:
+        with attached(contender):
             seconds.append(timed(contender, sample, batch)[1])
-    return flops, seconds
+    return seconds
 
 
-def _fewer_steps(contenders: list["Contender"], seconds: list[float]) -> list["Contender"]:
-    """For each cache, its network without one, with the steps that take as long by the pilot's times."""
-    whole = {c.network: (c, time) for c, time in zip(contenders, seconds, strict=True) if c.cache is None}
+def _fewer_steps(contenders: list["Contender"], costs: list[float]) -> list["Contender"]:
+    """For each cache, its network without one, with the steps that cost as much, in seconds or in operations."""
+    whole = {c.network: (c, cost) for c, cost in zip(contenders, costs, strict=True) if c.cache is None}
     fewer: dict[tuple[str, int], Any] = {}
-    for contender, time in zip(contenders, seconds, strict=True):
+    for contender, cost in zip(contenders, costs, strict=True):
         plain, base = whole[contender.network]
-        steps = max(1, round(plain.steps * time / base))
+        steps = max(1, round(plain.steps * cost / base))
         if contender.cache is not None and steps < plain.steps:
             name = f"{'' if plain.network == 'skip' else 'vanilla, '}{steps} steps"
             fewer[plain.network, steps] = replace(plain, name=name, family="fewer steps", steps=steps)

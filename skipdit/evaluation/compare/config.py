@@ -15,11 +15,16 @@ class CompareConfig:
 
     model: str = setting("pretrained/digits", "folder of a pipeline of clips with long skips")
     twin: str | None = setting(None, "pipeline of the same network without skips, for the rival caches; null: none")
-    caches: list[str] = setting(["N2", "N3", "N4", "N6"], "Skip-Cache settings of the model, N2-900-50 or N2")
+    caches: list[str] = setting(
+        ["N2", "N3", "N4", "N6"], "Skip-Cache settings of the model, N2, N2-900-50, N2-900-50-F2"
+    )
     peers: list[str] = setting(
         ["pab:2", "taylorseer:3", "fbcache:0.05", "magcache:0.06"], "diffusers' caches on the twin, <name>:<strength>"
     )
     equal_time: bool = setting(True, "beside each cache, as many steps without one as take the same time")
+    equal_operations: bool = setting(
+        False, "as many as take the same operations instead, for a machine that is not quiet"
+    )
     real: SideConfig = field(default_factory=SideConfig)
     real_clips: int = setting(2048, "of the real side, at most")
     clips: int = setting(64, "of each setting; labels take turns")
