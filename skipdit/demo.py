@@ -1,8 +1,9 @@
-"""`skipdit demo`: the carried digits pipeline at four speeds from one noise: clips, a picture and a table."""
+"""`skipdit demo`: the carried digits pipeline with and without cache from one noise: clips, a picture and a table."""
 
 import argparse
 import math
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run", "run_demo"]
 
-INTERVALS = (2, 3, 5)
+CACHES = {"N=2": (2, 0), "N=3": (3, 0), "N=3 forecast": (3, 2), "N=5": (5, 0)}
+"""Name -> interval of Skip-Cache, order of its forecast."""
 MOST_CLASSES, DIGITS_IN_PICTURE, FRAMES_IN_PICTURE = 10, 3, 8
 CARRIED = Path("pretrained/digits")
 FPS = 8
@@ -52,7 +54,7 @@ def run_demo(
     repeats: int = 3,
     device: str = "auto",
 ) -> str:
-    """Sample ten classes without cache and with Skip-Cache N=2, 3 and 5, and compare.
+    """Sample ten classes without cache and with each of `CACHES`, and compare.
 
     Args:
         model: Folder of a class-to-video pipeline with long skips.
@@ -129,12 +131,13 @@ def _compare(
         ).frames
 
     caches = {"no cache": None}
-    caches |= {f"N={interval}": SkipCacheConfig.preset("class-to-video", interval) for interval in INTERVALS}
+    published = SkipCacheConfig.preset("class-to-video")
+    caches |= {name: replace(published, interval=n, forecast=order) for name, (n, order) in CACHES.items()}
     sample(min(2, steps))  # a first call pays for memory and kernels; it must not weigh on the first run
     pipeline.set_progress_bar_config(disable=None, leave=False, desc="Sampling")
 
     def tell(name: str, seconds: float) -> None:
-        print(f"  {name:<8} {seconds:7.2f} s", flush=True)
+        print(f"  {name:<12} {seconds:7.2f} s", flush=True)
 
     return compare_caches(pipeline.transformer, caches, sample, repeats, BUDGET, tell), labels
 

@@ -12,7 +12,7 @@ from skipdit import SkipCacheConfig
 from skipdit.cli import main
 from skipdit.evaluation.comparison import compare_caches, to_markdown
 
-RUNS = ["no-cache", "n2", "n3", "n5"]
+RUNS = ["no-cache", "n2", "n3", "n3-forecast", "n5"]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,15 @@ def test_demo_writes_everything_it_promises(pipeline_folder, tmp_path, capsys):
         *(f"{run}.{suffix}" for run in RUNS for suffix in ("mp4", "gif")),
     }
     with Image.open(tmp_path / "comparison.png") as picture:
-        # Three classes: words around four rows of 16-pixel frames enlarged by 5.
-        assert picture.height == 3 * (64 + 4 * 82)
+        # Three classes: words around five rows of 16-pixel frames enlarged by 5.
+        assert picture.height == 3 * (64 + 5 * 82)
     with Image.open(tmp_path / "n3.gif") as gif:
         assert gif.n_frames == 4
 
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert [row["cache"] for row in rows] == ["off", "N2-900-50", "N3-900-50", "N5-900-50"]
+    assert [row["cache"] for row in rows] == ["off", "N2-900-50", "N3-900-50", "N3-900-50-F2", "N5-900-50"]
     schedule = torch.linspace(999, 0, 20).round().tolist()  # both ends included, as the samplers space them
-    for row, interval in zip(rows[1:], (2, 3, 5), strict=True):
+    for row, interval in zip(rows[1:], (2, 3, 3, 5), strict=True):
         full = SkipCacheConfig(interval).schedule(schedule)
         assert row["full_share"] == pytest.approx(sum(full) / 20)
         assert row["psnr"] is None or row["psnr"] > 0
