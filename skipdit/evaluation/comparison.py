@@ -119,7 +119,7 @@ def to_markdown(runs: Sequence[Run]) -> str:
     rows.append("|---|---|--:|--:|--:|--:|--:|")
     for run in runs:
         cost = f"{run.seconds:.2f} | {run.speedup:.2f}x | {run.full_share:.0%}"
-        quality = " | " if run.psnr is None else f"{run.psnr:.1f} | {run.ssim:.3f}"
+        quality = " | " if run.psnr is None else f"{run.psnr:.1f} | {run.ssim:.4f}"
         rows.append(f"| {run.name} | {run.cache} | {cost} | {quality} |")
     return "\n".join(rows) + "\n"
 
