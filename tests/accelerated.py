@@ -46,8 +46,8 @@ def recorded(pipe, modulation: bool = False, record=replaying) -> Iterator[Graph
     model = pipe.transformer
     modulations = Modulations(model) if modulation else None
     with graphed(model, modulations, record=record) as forward:
-        pipe._acceleration = Acceleration(model, [], ExitStack(), modulations, forward)
+        pipe._acceleration = model._acceleration = Acceleration(model, [], ExitStack(), modulations, forward)
         yield forward
-        pipe._acceleration = None
+        pipe.uncompile()
     if modulations:
         modulations.undo()

@@ -337,6 +337,12 @@ def add_one(pipe) -> None:
         pipe.vae.decoder.conv_out.bias.add_(1)
 
 
+def write_past_autograd(pipe) -> None:
+    """As diffusers' `EMAModel.copy_to` does."""
+    for parameter in pipe.vae.parameters():
+        parameter.data.mul_(0.5)
+
+
 def load_zeros(pipe) -> None:
     pipe.vae.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in pipe.vae.state_dict().items()})
 
@@ -345,7 +351,7 @@ def cast(pipe) -> None:
     pipe.vae.to(torch.float64)
 
 
-@pytest.mark.parametrize("change", [add_one, load_zeros, cast])
+@pytest.mark.parametrize("change", [add_one, write_past_autograd, load_zeros, cast])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_what_was_done_to_the_weights_since_stays_done(change, dtype):
     """Undoing puts the former dtype and order back, not the former values."""

@@ -101,9 +101,10 @@ class Adapter(nn.Module):
         self.layer = layer
         torch.manual_seed(3)
         self.low, self.high = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+        self.scaling = {"default": 1.0}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) + self.high(self.low(x))
+        return self.layer(x) + self.scaling["default"] * self.high(self.low(x))
 
 
 def move(model: nn.Module) -> None:
@@ -124,6 +125,14 @@ def write(model: nn.Module) -> None:
 def adapt(model: nn.Module) -> None:
     for block in model.blocks:
         block.attn.qkv, block.mlp.fc2 = Adapter(block.attn.qkv), Adapter(block.mlp.fc2)
+        block.adaLN_modulation[1] = Adapter(block.adaLN_modulation[1])
+
+
+def scale_adapters(pipe, scale: float):
+    for module in pipe.transformer.modules():
+        if isinstance(module, Adapter):
+            module.scaling["default"] = scale
+    return pipe
 
 
 @pytest.mark.parametrize("change", [move, assign, write, adapt])
@@ -140,6 +149,34 @@ def test_weights_that_change_are_those_that_are_used(change, modulation):
         gc.collect()
         assert relative(samples(pipe), expected) < TOLERANCE
         assert len(forward._recorded) == 2
+
+
+def test_an_adapter_that_is_turned_off_is_off_and_outlives_the_compilation():
+    pipe, plain = cached(quiet(), True), cached(quiet(), True)
+    adapt(plain.transformer)
+    expected = {scale: samples(scale_adapters(plain, scale)) for scale in (0.0, 1.0)}
+    assert relative(expected[0.0], expected[1.0]) > 0.01
+    with recorded(pipe, modulation=True):
+        adapt(pipe.transformer)
+        for scale in (1.0, 0.0, 1.0):
+            assert relative(samples(scale_adapters(pipe, scale)), expected[scale]) < TOLERANCE
+    assert isinstance(pipe.transformer.blocks[0].adaLN_modulation[1], Adapter)
+    assert torch.equal(samples(pipe), expected[1.0])
+
+
+def test_the_newest_pipeline_compiles_a_network_that_two_share():
+    first = quiet()
+    second = SkipLattePipeline(first.transformer, first.vae, make_scheduler("ddim"))
+    second.set_progress_bar_config(disable=True)
+    expected = samples(first)
+    first.compile(dtype=torch.bfloat16, **OFF | {"modulation": True})
+    second.compile(**OFF | {"modulation": True})
+    for pipe in (first, second):
+        assert relative(samples(pipe), expected) < TOLERANCE
+    first.uncompile()
+    assert relative(samples(second), expected) < TOLERANCE
+    second.uncompile()
+    assert torch.equal(samples(first), expected) and torch.equal(samples(second), expected)
 
 
 def test_a_copy_computes_with_its_own_weights():

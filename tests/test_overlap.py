@@ -1,5 +1,6 @@
 """Sampling, decoding and writing beside each other."""
 
+import gc
 import threading
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def test_a_consumer_that_stops_leaves_no_thread():
     assert running() == before
 
 
+def test_nested_ones_end_together_without_the_collector():
+    before = running()
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            list(overlapped(lambda x: 1 // x, overlapped(lambda x: x - 2, iter(range(100)))))
+        assert running() == before
+    finally:
+        gc.enable()
+
+
 # ---------------------------------------------------------------------- in the sampling command
 
 
@@ -124,6 +136,14 @@ def test_a_batch_is_decoded_while_the_next_one_takes_its_steps(monkeypatch):
     monkeypatch.setattr(pipeline, "_predict", count_steps)
     samples = list(sample_indices(pipeline, range(4), lambda index: 0, config_of()))
     assert len(samples) == 2 and len(steps) == 8 and next_began.is_set()
+
+
+def test_an_autoencoder_that_does_not_fit_is_told_before_a_step(monkeypatch):
+    pipeline = tiny_pipeline()
+    monkeypatch.setattr(pipeline, "_predict", lambda *args: pytest.fail("a step was taken"))
+    pipeline.vae.register_to_config(latent_channels=8)
+    with pytest.raises(UserError, match="The transformer's latents have 4 channels, the autoencoder's 8"):
+        list(sample_indices(pipeline, range(4), lambda index: 0, config_of()))
 
 
 def test_a_failure_of_decoding_is_told_in_one_sentence(monkeypatch):

@@ -22,6 +22,7 @@ log = logging.getLogger("skipdit.acceleration")
 
 MOST_GRAPHS = 8  # of different shapes; each holds the memory of a forward
 WARM_UPS = 3
+PLAIN = (bool, int, float, str, type(None))
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -153,7 +154,20 @@ class GraphedForward:
 
 
 def fingerprint(model: nn.Module) -> int:
-    """What a recording of a model's forward depends on: its layers, what they use, and where their tensors lie."""
-    layers = tuple((type(module), getattr(module, "kernels", None)) for module in model.modules())
+    """What a recording of a model's forward depends on: its layers, their settings and hooks, where tensors lie."""
+    layers = tuple((type(module), *_settings(module)) for module in model.modules())
     tensors = tuple((t.data_ptr(), t.dtype, t.shape) for t in chain(model.parameters(), model.buffers()))
     return hash((layers, tensors))
+
+
+def _settings(module: nn.Module) -> Iterator[Hashable]:
+    """What a layer keeps in plain Python, such as an adapter's scale, and which hooks it has."""
+    for name, value in vars(module).items():
+        if name in ("_forward_hooks", "_forward_pre_hooks"):
+            yield tuple(map(id, value.values()))
+        elif isinstance(value, PLAIN):
+            yield name, value
+        elif isinstance(value, dict | list | tuple | set) and len(value) <= 16:
+            entries = value.items() if isinstance(value, dict) else ((entry,) for entry in value)
+            if all(isinstance(entry, PLAIN) for pair in entries for entry in pair):
+                yield name, repr(value)

@@ -22,7 +22,11 @@ class HeldModulation(nn.Sequential):
         self.vectors: torch.Tensor | None = None
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        return super().forward(conditioning) if self.vectors is None else self.vectors
+        return self.compute(conditioning) if self.vectors is None else self.vectors
+
+    def compute(self, conditioning: torch.Tensor) -> torch.Tensor:
+        """By the layers of now, whatever is given."""
+        return super().forward(conditioning)
 
 
 class Modulations:
@@ -42,7 +46,9 @@ class Modulations:
         self._current: dict[tuple, torch.Tensor] = {}  # one for a batch size: graphs remember where it lies
 
     def undo(self) -> None:
-        for owner, layers in zip(self._owners, self._originals, strict=True):
+        for owner, held, layers in zip(self._owners, self._held, self._originals, strict=True):
+            for index, layer in enumerate(held):  # an adapter may have wrapped one meanwhile
+                layers[index] = layer
             owner.adaLN_modulation = layers
 
     @torch.no_grad()
@@ -62,7 +68,8 @@ class Modulations:
         labels, rows = (None, None) if labels is None else torch.unique(labels, return_inverse=True)
         if rows is None:
             rows = torch.zeros(batch, dtype=torch.long, device=timesteps.device)
-        widths = [held[-1].out_features for held in self._held]
+        width = self.model.config.hidden_size
+        widths = [6 * width] * len(self.model.blocks) + [2 * width]
         count = len(timesteps) * (1 if labels is None else len(labels))
         if count * sum(widths) * self.model.dtype.itemsize > MOST_BYTES:
             return nullcontext
@@ -87,7 +94,7 @@ class Modulations:
         conditioning = self.model.t_embedder(timesteps)[:, None]
         if labels is not None:
             conditioning = conditioning + self.model.y_embedder(labels)
-        return torch.cat([layers(conditioning) for layers in self._originals], dim=-1)
+        return torch.cat([held.compute(conditioning) for held in self._held], dim=-1)
 
     def _buffer(self, batch: int, table: torch.Tensor) -> torch.Tensor:
         key = batch, table.shape[-1], table.dtype, table.device, torch.is_inference_mode_enabled()

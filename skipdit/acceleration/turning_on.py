@@ -64,6 +64,8 @@ class Acceleration:
             labels: [batch] as the network sees them, or a number for an unconditional model.
             batch: Samples as the network sees them.
         """
+        if vars(self._model).get("_acceleration") is not self:  # another pipeline has compiled it since
+            return nullcontext
         if self._model.device != self.device:
             log.warning("compile() chose for %s; call it again to choose for %s.", self.device, self._model.device)
         vectors, recordings = nullcontext, nullcontext
@@ -82,6 +84,12 @@ class Acceleration:
     def undo(self) -> None:
         """Put everything back; samples are bit for bit those of before, unless weights were changed meanwhile."""
         self._stack.close()
+        if vars(self._model).get("_acceleration") is self:
+            del self._model._acceleration
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied network is not compiled."""
+        return None
 
 
 def accelerate(pipeline: DiffusionPipeline, plan: Plan) -> Acceleration:
@@ -92,6 +100,8 @@ def accelerate(pipeline: DiffusionPipeline, plan: Plan) -> Acceleration:
     """
     model, vae, on, choices = pipeline.transformer, pipeline.vae, plan.on, list(plan.choices)
     modulations = graphs = None
+    if (former := vars(model).get("_acceleration")) is not None:  # by another pipeline that shares the network
+        former.undo()
     with ExitStack() as stack:
         if plan.dtype is not None:
             stack.callback(recast(model, plan.dtype))
@@ -112,7 +122,7 @@ def accelerate(pipeline: DiffusionPipeline, plan: Plan) -> Acceleration:
                 stack.callback(turn_on_compiled([vae.decoder]))
         if "graphs" in on:
             graphs = stack.enter_context(graphed(model, modulations))
-        acceleration = Acceleration(model, choices, stack.pop_all(), modulations, graphs)
+        acceleration = model._acceleration = Acceleration(model, choices, stack.pop_all(), modulations, graphs)
     if acceleration.parts:
         log.info("%s", acceleration)
     else:

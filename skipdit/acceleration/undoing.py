@@ -22,16 +22,16 @@ def recast(module: nn.Module, dtype: torch.dtype | None = None, channels_last: b
     Undoing puts back the very tensors, unless they were moved or changed meanwhile: those keep what they hold and get
     their former dtype and order.
     """
-    kept: list[tuple[torch.Tensor, torch.Tensor, tuple]] = []
+    kept: list[tuple[torch.Tensor, torch.Tensor, torch.dtype]] = []
 
     def undo() -> None:
-        for tensor, old, state in kept:
-            if _state(tensor) == state:
+        for tensor, old, given in kept:
+            now = tensor.data
+            if now.device == old.device and now.dtype == given and torch.equal(old.to(given), now):
                 tensor.data = old
             else:
-                dtype = old.dtype if tensor.dtype == state[1] else tensor.dtype
-                order = torch.contiguous_format if channels_last and tensor.ndim == 4 else torch.preserve_format
-                tensor.data = tensor.data.to(dtype=dtype, memory_format=order)
+                order = torch.contiguous_format if channels_last and now.ndim == 4 else torch.preserve_format
+                tensor.data = now.to(dtype=old.dtype if now.dtype == given else now.dtype, memory_format=order)
 
     try:
         for tensor in chain(module.parameters(), module.buffers()):
@@ -39,16 +39,11 @@ def recast(module: nn.Module, dtype: torch.dtype | None = None, channels_last: b
             if old.is_floating_point():
                 order = torch.channels_last if channels_last and old.ndim == 4 else torch.preserve_format
                 tensor.data = old.to(dtype=dtype or old.dtype, memory_format=order)
-                kept.append((tensor, old, _state(tensor)))
+                kept.append((tensor, old, tensor.dtype))
     except BaseException:  # out of memory, for example
         undo()
         raise
     return undo
-
-
-def _state(tensor: torch.Tensor) -> tuple:
-    """Differs once the tensor was moved, cast or written to."""
-    return tensor.data_ptr(), tensor.dtype, tensor._version
 
 
 def turn_on_kernels(model: nn.Module) -> Undo:

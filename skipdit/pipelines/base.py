@@ -128,22 +128,26 @@ class SkipPipeline(CompileMixin, DiffusionPipeline):
             raise ValueError(f"Expected latents {list(shape)}, got {list(latents.shape)}.")
         return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
 
-    def _check_numbers(self, steps: int, guidance_scale: float, guidance_channels: int | None, at_once: int) -> None:
-        for name, value in (("num_inference_steps", steps), ("decode_chunk_size", at_once)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more.")
+    def _check_numbers(self, steps: int, guidance_scale: float, guidance_channels: int | None) -> None:
+        if steps < 1:
+            raise ValueError(f"num_inference_steps={steps} must be 1 or more.")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale} must be finite; 1 is without guidance.")
         channels = self.transformer.config.in_channels
         if guidance_channels is not None and not 1 <= guidance_channels <= channels:
             raise ValueError(f"guidance_channels={guidance_channels} must be 1 to {channels}, or None for all.")
 
-    def _check_parts(self, output_type: str) -> None:
+    def check_decoding(self, output_type: str, decode_chunk_size: int = 16) -> None:
+        """Raise ValueError, in one sentence, where `decode` of this network's latents would fail."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} is not known: choose one of {', '.join(OUTPUT_TYPES)}.")
+        if decode_chunk_size < 1:
+            raise ValueError(f"decode_chunk_size={decode_chunk_size} must be 1 or more.")
         channels = self.transformer.config.in_channels
         if output_type != "latent" and (of_vae := self.vae.config.latent_channels) != channels:
             raise ValueError(f"The transformer's latents have {channels} channels, the autoencoder's {of_vae}.")
+
+    def _check_scheduler(self) -> None:
         if self._takes_variance() and not self.transformer.config.learn_sigma:
             raise ValueError("This scheduler expects a learned variance, which the model (learn_sigma=False) has not.")
         if not self._takes_variance() and self.scheduler.config.get("variance_type") in LEARNED_VARIANCE:
@@ -168,8 +172,9 @@ class SkipPipeline(CompileMixin, DiffusionPipeline):
         size: dict[str, int | None],
     ) -> torch.Tensor:
         """Latents of the samples, [B, C, (F,) h, w] in float32, scaled as the transformer sees them."""
-        self._check_numbers(num_inference_steps, guidance_scale, guidance_channels, decode_chunk_size)
-        self._check_parts(output_type)
+        self._check_numbers(num_inference_steps, guidance_scale, guidance_channels)
+        self.check_decoding(output_type, decode_chunk_size)
+        self._check_scheduler()
         if unknown := set(callback_tensors) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs: no {sorted(unknown)[0]!r}; there are the latents.")
         labels = self._check_labels(class_labels, num_samples)
@@ -255,7 +260,11 @@ class SkipPipeline(CompileMixin, DiffusionPipeline):
 
         Returns:
             What a call with that `output_type` returns.
+
+        Raises:
+            ValueError: As `check_decoding`.
         """
+        self.check_decoding(output_type, decode_chunk_size)
         return latents if output_type == "latent" else self._show(latents, output_type, decode_chunk_size)
 
     def _show(self, latents: torch.Tensor, output_type: str, pictures_at_once: int) -> Any:

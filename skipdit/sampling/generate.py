@@ -41,12 +41,10 @@ def _exhibit(plan: SamplePlan) -> SampleReport:
         raise UserError(f"{folder} holds a set of samples (total=...), which this would mix up: choose another output.")
     pipeline = plan.load()
     captions = [plan.caption(index) for index in range(plan.count)]
-    began, writing = time.perf_counter(), 0.0
+    began = time.perf_counter()
     with open_gallery(folder, captions, config.format, config.fps, plan.source.is_video) as gallery:
         for _, pixels in sample_indices(pipeline, range(plan.count), plan.label_of, config):
-            before = time.perf_counter()
             gallery.add(pixels.numpy())
-            writing += time.perf_counter() - before
-        seconds = time.perf_counter() - began - writing
+        seconds = time.perf_counter() - began
     save_config(config, folder / "settings.yaml")
     return report(plan, pipeline, folder, gallery.files, seconds, plan.count)

@@ -1,6 +1,6 @@
 """One kind of work beside another: while an item is worked on in the background, the next one is being made."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -23,9 +23,8 @@ def overlapped(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
         >>> list(overlapped(abs, iter([-1, 2, -3])))
         [1, 2, 3]
     """
-    pool = ThreadPoolExecutor(max_workers=1)
+    pool, pending, result = ThreadPoolExecutor(max_workers=1), None, None
     try:
-        pending = None
         for item in items:
             result = pool.submit(work, item)
             if pending is not None:
@@ -35,3 +34,6 @@ def overlapped(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
             yield pending.result()
     finally:
         pool.shutdown(cancel_futures=True)
+        pending = result = None  # an error in one of them would hold this frame, and it the error
+        if isinstance(items, Generator):
+            items.close()

@@ -19,7 +19,7 @@ class SampleReport:
         files: Their names.
         samples: How many clips or pictures are there.
         kind: "clip" or "picture".
-        seconds: Sampling and decoding, without loading.
+        seconds: Sampling, decoding and writing, which overlap; without loading.
         full, reused: Sampler steps of one trajectory.
         cache: The cache setting as a word, or "off".
         made: How many of the samples this run made; the others were there.

@@ -78,8 +78,13 @@ def sample_indices(
         on the CPU.
 
     Raises:
-        UserError: Too little memory on the device, or samples that are not finite.
+        UserError: The autoencoder does not fit the network, too little memory on the device, or samples that are not
+            finite.
     """
+    try:
+        pipeline.check_decoding("np")
+    except ValueError as error:
+        raise UserError(str(error)) from error
     in_turn = overlapped if pipeline.device.type in OVERLAPS else map
     pipeline.set_progress_bar_config(disable=True)
     bar_format = "{desc} {percentage:3.0f}% |{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
