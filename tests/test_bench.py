@@ -257,7 +257,7 @@ def test_bench_without_guidance(models, tmp_path):
 MISTAKES = {
     "--model Latte-XL/3-skip": "No preset 'Latte-XL/3-skip'",
     "--model nowhere": "neither a preset such as Latte-XL/2-skip nor a folder",
-    "--model {broken}": "cannot be read as JSON",
+    "--model {broken}": "cannot be read",
     "--model {foreign}": "is of a UNet2DModel",
     "--model {vanilla}": "has no long skips",
     "--model Latte-S/2": "use Latte-S/2-skip",
@@ -269,9 +269,10 @@ MISTAKES = {
     "--model {latte} --steps 1001": "take at most as many",
     "--model {latte} --sampler euler": "No sampler 'euler'",
     "--model {latte} --dtype fp8": "choose from fp32",
-    "--model {latte} --device cpu --dtype fp16": "take fp32 or bf16",
+    "--model {latte} --device cpu --dtype fp16": "fp32 or bf16",
     "--model {latte} --device tpu": "choose auto, cpu, cuda",
-    "--model {latte} --device cuda:99": "CUDA devices",
+    "--model {latte} --device cpu:": "choose auto, cpu, cuda",
+    "--model {latte} --device cuda:99": "CUDA device",
     "--model {latte} --output {broken}/config.json": "Cannot write to",
 }
 

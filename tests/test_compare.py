@@ -52,6 +52,20 @@ def test_a_cache_that_never_reuses_is_no_cache(folders, tmp_path):
     assert all(row["clips"] == 3 for row in rows.values())
 
 
+def test_fewer_steps_of_equal_operations_stand_beside_a_cache(folders, tmp_path):
+    """8 steps, of which the cache runs 2 in full: whatever the clock says."""
+    report = compare(settings(folders, tmp_path, "caches=[N4-1000-0]", "equal_operations=true"))
+    rows = by_name(report)
+    cached, plain = rows["Skip-Cache N4-1000-0"], rows["no cache"]
+    steps = round(plain["steps"] * cached["teraflops"] / plain["teraflops"])
+    rival = rows[f"{steps} steps"]
+    assert 1 < steps < plain["steps"] and rival["teraflops"] == pytest.approx(
+        plain["teraflops"] * steps / plain["steps"]
+    )
+    assert cached["rival"] == f"{steps} steps, {rival['teraflops']:.4f} TFLOP" and cached["rival_psnr"] == rival["psnr"]
+    assert "| no cache, same operations |" in to_markdown(report)
+
+
 def test_operations_are_those_that_ran(folders):
     """Against the count from the sizes: 8 full steps, or 2 full and 6 reused ones, of a guided batch of one clip."""
     pipeline = tiny_pipeline()

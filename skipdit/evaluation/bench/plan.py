@@ -1,7 +1,6 @@
 """What `skipdit bench` is going to measure: every option checked against the model, nothing computed yet."""
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ...files import check_writable
 from ...models import SkipBackbone, SkipDiTTransformer2DModel, SkipLatteTransformer3DModel
 from ...models.presets import PRESETS
 from ...operations import Operations, count_operations
+from ...sampling.loading import check_dtype, choose_device, read_json
 from ...schedulers import make_scheduler
 from ...weights import DTYPES
 
@@ -114,8 +114,7 @@ def make_plan(args: argparse.Namespace) -> BenchPlan:
     device = _device(args.device)
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: choose from {', '.join(DTYPES)}.")
-    if args.dtype == "fp16" and device.type == "cpu":
-        raise UserError("--dtype fp16 is far slower than fp32 on a CPU: take fp32 or bf16, or a CUDA device.")
+    check_dtype(args.dtype, device)
     model_class, settings, vae = _find(args.model)
     scale = _vae_scale(vae)
     settings = _sized(model_class, settings, scale, args)
@@ -176,14 +175,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:<number>.")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu.")
-    return torch.device(name)
+    device = choose_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
+    if device.type == "mps":
+        raise UserError("--device mps: its calls cannot be timed here; choose auto, cpu or cuda.")
+    return device
 
 
 def _find(name: str) -> tuple[type[SkipBackbone], dict[str, Any], dict[str, Any] | None]:
@@ -203,7 +198,7 @@ def _find(name: str) -> tuple[type[SkipBackbone], dict[str, Any], dict[str, Any]
         for part in (folder / "transformer" / "config.json", folder / "config.json"):
             if part.is_file():
                 vae = folder / "vae" / "config.json"
-                return *_read(part), _json(vae) if vae.is_file() else None
+                return *_read(part), read_json(vae) if vae.is_file() else None
     raise UserError(
         f"No model {name!r}: it is neither a preset such as Latte-XL/2-skip nor a folder with the "
         "config.json of a model or pipeline."
@@ -211,7 +206,7 @@ def _find(name: str) -> tuple[type[SkipBackbone], dict[str, Any], dict[str, Any]
 
 
 def _read(path: Path) -> tuple[type[SkipBackbone], dict[str, Any]]:
-    settings = _json(path)
+    settings = read_json(path)
     model_class = MODELS.get(settings.get("_class_name"))
     if model_class is None:
         raise UserError(f"{path} is of a {settings.get('_class_name')}, not of one of {', '.join(MODELS)}.")
@@ -230,16 +225,6 @@ def _decodable(vae: dict[str, Any] | None, channels: int) -> dict[str, Any] | No
         return None
     settings = {key: value for key, value in vae.items() if not key.startswith("_")}
     return settings if settings.get("latent_channels", 4) == channels else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not the config of a model.")
-    return content
 
 
 def _sized(

@@ -21,8 +21,8 @@ from .measure import Contender, Measured
 __all__ = ["make_report", "to_csv", "to_markdown", "write_report"]
 
 FRAMES_SHOWN, CLIPS_SHOWN = 8, 2
-SAME_TIME = 0.15
-"""A rival whose time differs by a larger share is not shown beside a cache."""
+SAME_COST = 0.15
+"""A rival whose time (or operations) differs by a larger share is not shown beside a cache."""
 COLUMNS = {
     "name": "setting",
     "network": "network",
@@ -34,11 +34,12 @@ COLUMNS = {
     "lpips": "LPIPS",
     "fvd": "FVD",
     "kvd": "KVD",
-    "rival": "no cache, same time",
+    "rival": "no cache, same cost",
     "rival_psnr": "its PSNR",
     "rival_fvd": "its FVD",
     "rival_kvd": "its KVD",
 }
+SAME = {"seconds": "time", "teraflops": "operations"}
 DIGITS = {"seconds": 3, "speedup": 2, "teraflops": 4, "psnr": 2, "ssim": 4, "lpips": 4, "fvd": 1, "kvd": 2}
 
 
@@ -71,7 +72,8 @@ def make_report(
             row["fvd"] = frechet_distance(real.moments, measured.statistics.moments)
             row["kvd"], row["kvd_std"] = kernel_distance(real.features, measured.statistics.features)
         rows.append(row)
-    _add_rivals(rows)
+    cost = "teraflops" if config.equal_operations else "seconds"
+    _add_rivals(rows, cost)
     notes = list(notes)
     if real is not None:
         floor = expected_floor(real.moments, config.clips)
@@ -89,19 +91,20 @@ def make_report(
         "timed. Speed-up, PSNR and SSIM are against the same network without cache."
     )
     date = datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"date": date, "about": about, "notes": notes, "rows": rows}
+    return {"date": date, "about": about, "notes": notes, "cost": cost, "rows": rows}
 
 
-def _add_rivals(rows: list[dict[str, Any]]) -> None:
-    """Beside each cache: its own network without one, with the steps whose time is nearest to the cache's."""
+def _add_rivals(rows: list[dict[str, Any]], cost: str) -> None:
+    """Beside each cache: its own network without one, with the steps whose cost is nearest to the cache's."""
     for row in rows:
         if row["family"] in ("no cache", "fewer steps"):
             continue
         plain = [r for r in rows if r["network"] == row["network"] and r["family"] in ("no cache", "fewer steps")]
-        nearest = min(plain, key=lambda r: abs(r["seconds"] - row["seconds"]))
-        if abs(nearest["seconds"] - row["seconds"]) > SAME_TIME * row["seconds"]:
+        nearest = min(plain, key=lambda r: abs(r[cost] - row[cost]))
+        if abs(nearest[cost] - row[cost]) > SAME_COST * row[cost]:
             continue
-        row["rival"] = f"{nearest['steps']} steps, {nearest['seconds']:.3f} s"
+        unit = {"seconds": "s", "teraflops": "TFLOP"}[cost]
+        row["rival"] = f"{nearest['steps']} steps, {nearest[cost]:.{DIGITS[cost]}f} {unit}"
         row |= {f"rival_{name}": nearest.get(name) for name in ("psnr", "ssim", "fvd", "kvd")}
 
 
@@ -110,7 +113,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     rows = report["rows"]
     columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     words = ("name", "network", "rival")
-    lines = ["| " + " | ".join(COLUMNS[key] for key in columns) + " |"]
+    titles = COLUMNS | {"rival": f"no cache, same {SAME[report['cost']]}"}
+    lines = ["| " + " | ".join(titles[key] for key in columns) + " |"]
     lines.append("|" + "|".join("---" if key in words else "--:" for key in columns) + "|")
     for row in rows:
         lines.append("| " + " | ".join(_cell(key, row.get(key)) for key in columns) + " |")
@@ -158,13 +162,13 @@ def write_report(report: dict[str, Any], folder: Path) -> list[str]:
     for name, text in texts.items():
         with written_whole(folder / name) as path:
             path.write_text(text, encoding="utf-8")
-    _plot(report["rows"], folder / "compare.png")
+    _plot(report["rows"], report["cost"], folder / "compare.png")
     write_png(folder / "strip.png", _strip(report["rows"]))
     return [*texts, "compare.png", "strip.png"]
 
 
-def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Quality against seconds a clip: a panel for PSNR and, with real clips, one for KVD."""
+def _plot(rows: Sequence[dict[str, Any]], cost: str, path: Path) -> None:
+    """Quality against the cost of a clip: a panel for PSNR and, with real clips, one for KVD."""
     from matplotlib.figure import Figure
 
     panels = {"psnr": "PSNR against no cache (dB), higher is better"}
@@ -176,7 +180,7 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     styles = {"skip": "-", "vanilla": "--"}
     for axis, (key, title) in zip(axes[0], panels.items(), strict=True):
         for place, (family, network) in enumerate(series):
-            points = [(r["seconds"], r[key]) for r in rows if (r["family"], r["network"]) == (family, network)]
+            points = [(r[cost], r[key]) for r in rows if (r["family"], r["network"]) == (family, network)]
             points = sorted(point for point in points if point[1] is not None and np.isfinite(point[1]))
             if not points:
                 continue
@@ -184,7 +188,7 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             label = f"{family} ({network})" if family in ("no cache", "fewer steps") else family
             marker = {"no cache": "*", "fewer steps": "x", "Skip-Cache": "o"}.get(family, "s")
             axis.plot(*zip(*points, strict=True), line, marker=marker, label=label, color=f"C{place}")
-        axis.set(xlabel="seconds a clip", ylabel=title)
+        axis.set(xlabel=COLUMNS[cost], ylabel=title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     with written_whole(path) as temporary:
