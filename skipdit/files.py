@@ -88,7 +88,8 @@ def only_call(command: str, folder: Path) -> Iterator[None]:
     Raises:
         UserError: Another call holds it.
     """
-    with (folder / ".lock").open("w") as file:
+    file, owner = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666), os.getpid()
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -97,7 +98,25 @@ def only_call(command: str, folder: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # a file system without locks
+        _locks.add(file)
         yield
+    finally:
+        if os.getpid() == owner:
+            _locks.discard(file)
+            os.close(file)
+
+
+_locks: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child, such as a data worker: it may outlive this process, whose lock it would go on holding."""
+    for file in _locks:
+        os.close(file)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def remove_unfinished(folder: Path) -> None:

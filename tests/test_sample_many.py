@@ -546,3 +546,32 @@ def test_several_processes_need_a_number(folders, tmp_path, monkeypatch):
         generate(SampleConfig(model=str(folders["video"]), output=str(tmp_path)))
     with pytest.raises(UserError, match="put ACCELERATE_USE_CPU=true in front"):
         generate(settings(folders["video"], tmp_path))
+
+
+def test_a_lock_dies_with_its_process_though_a_forked_worker_lives_on(tmp_path):
+    program = """
+import os, sys, time
+from pathlib import Path
+from skipdit.files import only_call
+with only_call("train", Path(sys.argv[1])):
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match="Another skipdit train is writing"), only_call("train", tmp_path):
+                pass
+            process.kill()
+            process.wait()
+            with only_call("train", tmp_path):  # its child still sleeps
+                pass
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
