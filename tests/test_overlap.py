@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from skipdit.errors import UserError
 from skipdit.sampling import streaming
 from skipdit.sampling.collection import Collection
 from skipdit.sampling.config import SampleConfig
+from skipdit.sampling.gallery import Gallery
 from skipdit.sampling.generate import generate
 from skipdit.sampling.overlap import overlapped
 from skipdit.sampling.streaming import sample_indices
@@ -172,3 +174,17 @@ def test_a_shard_that_fails_half_way_is_not_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     generate(config_of(**wishes))
     assert [path.name for path in sorted(Path(output, "shards").iterdir())] == ["00000.npz", "00001.npz"]
+
+
+def test_the_seconds_told_are_those_that_passed(tmp_path, monkeypatch):
+    """Writing to look at counts too: what is decoded meanwhile must not be taken off with it."""
+    model, add = tmp_path / "model", Gallery.add
+    tiny_pipeline().save_pretrained(model)
+
+    def add_slowly(self, samples):
+        time.sleep(1)
+        add(self, samples)
+
+    monkeypatch.setattr(Gallery, "add", add_slowly)
+    config = config_of(model=str(model), output=str(tmp_path / "out"), total=None, num_samples=3, batch_size=1)
+    assert generate(config).seconds >= 3
